@@ -1,0 +1,93 @@
+"""The arithmetic of affine quantization: how a real interval maps to integers and back.
+
+With the real interval [x_min, x_max] and the integer range [q_min, q_max] (Jacob et al. 2018, arXiv:1712.05877, section 2.1)::
+
+    scale       s = (x_max - x_min) / (q_max - q_min)
+    zero point  z = clamp(round(q_min - x_min / s), q_min, q_max)
+    quantize    q = clamp(round(x / s) + z, q_min, q_max)
+    dequantize  x = s (q - z)
+
+Rounding is to the nearest integer, halves to even, as in PyTorch's kernels.
+
+>>> qparams = choose_qparams(-6.0, 6.0, 0, 255)
+>>> round(qparams.scale, 3), qparams.zero_point
+(0.047, 128)
+>>> quantize(torch.tensor([-6.0, 0.0, 6.0]), qparams).tolist()
+[0, 128, 255]
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SMALLEST_SCALE = torch.finfo(torch.float32).eps
+"""A constant tensor has an empty interval; PyTorch's observers fall back to the same scale."""
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Scale, zero point and integer range of one tensor.
+
+    Args:
+        scale: real size of one quantization step, positive.
+        zero_point: the integer that stands for 0.0.
+        q_min: smallest integer.
+        q_max: largest integer.
+    """
+
+    scale: float
+    zero_point: int
+    q_min: int
+    q_max: int
+
+
+def choose_qparams(x_min: float, x_max: float, q_min: int, q_max: int) -> QParams:
+    """Return the qparams that map [x_min, x_max] onto [q_min, q_max].
+
+    The interval is first widened to hold 0.0, so that zero (padding, ReLU) is represented exactly.
+
+    Args:
+        x_min: smallest real value.
+        x_max: largest real value.
+        q_min: smallest integer.
+        q_max: largest integer.
+
+    Raises:
+        ValueError: an interval that is not finite or whose ends are swapped.
+    """
+    if not (math.isfinite(x_min) and math.isfinite(x_max)) or x_min > x_max:
+        raise ValueError(f"Expected finite x_min <= x_max, but got x_min={x_min} and x_max={x_max}.")
+    if q_min >= q_max:
+        raise ValueError(f"Expected q_min < q_max, but got q_min={q_min} and q_max={q_max}.")
+    x_min, x_max = min(x_min, 0.0), max(x_max, 0.0)
+    scale = max((x_max - x_min) / (q_max - q_min), SMALLEST_SCALE)
+    zero_point = min(max(round(q_min - x_min / scale), q_min), q_max)
+    return QParams(scale, zero_point, q_min, q_max)
+
+
+def quantize(x: Tensor, qparams: QParams) -> Tensor:
+    """Return the integers that stand for ``x``.
+
+    Args:
+        x: real values, any shape.
+        qparams: scale, zero point and range.
+
+    Returns:
+        int64 tensor of the shape of ``x``.
+    """
+    # PyTorch's kernels multiply by the reciprocal in single precision; a division rounds some ties the other way.
+    inverse = torch.tensor(1.0, dtype=torch.float32) / torch.tensor(qparams.scale, dtype=torch.float32)
+    steps = torch.round(x.to(torch.float32) * inverse) + qparams.zero_point
+    return steps.clamp(qparams.q_min, qparams.q_max).to(torch.int64)
+
+
+def dequantize(q: Tensor, qparams: QParams) -> Tensor:
+    """Return the real values, float32, that the integers ``q`` stand for."""
+    return (q - qparams.zero_point).to(torch.float32) * torch.tensor(qparams.scale, dtype=torch.float32)
+
+
+def step_difference(left: Tensor, right: Tensor, qparams: QParams) -> Tensor:
+    """Return how many quantization steps lie between two real tensors, int64, same shape."""
+    return (quantize(left, qparams) - quantize(right, qparams)).abs()

@@ -1,0 +1,71 @@
+"""Runs batches through the observers of a prepared module."""
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from qat_lightning.errors import CalibrationError
+from qat_lightning.observers import apply_phase, check_ranges, freeze_ranges
+from qat_lightning.schedule import IDLE, Phase
+
+WATCHING = Phase(fake_quant=False, observers=True, bn_frozen=True)
+
+
+def calibrate(
+    prepared: Iterable[nn.Module],
+    batches: Iterable[Any],
+    step: Callable[[Any], Any],
+    limit: int | None = None,
+    progress: bool = False,
+) -> int:
+    """Let the observers of ``prepared`` watch ``batches``, then fix their ranges and switch fake-quant on.
+
+    Args:
+        prepared: modules from :func:`qat_lightning.prepare`, in eval mode.
+        batches: whatever ``step`` takes.
+        step: runs one batch through the modules.
+        limit: how many batches are used at most; None: all.
+        progress: show a progress bar.
+
+    Returns:
+        how many batches were used.
+
+    Raises:
+        CalibrationError: no batch, or NaN or infinite values in a batch or an activation.
+    """
+    modules = list(prepared)
+    for module in modules:
+        apply_phase(module, WATCHING)
+    chosen = islice(batches, limit)
+    count = 0
+    for batch in track(chosen, "Calibrating", total=limit) if progress else chosen:
+        refuse_nan(batch, count)
+        with torch.inference_mode():
+            step(batch)
+        count += 1
+    if count == 0:
+        raise CalibrationError("Calibration got no batch: the loader is empty. Give it at least one batch of training data.")
+    for module in modules:
+        check_ranges(module, "calibration")
+        freeze_ranges(module)
+        apply_phase(module, IDLE)
+    return count
+
+
+def refuse_nan(batch: Any, index: int) -> None:
+    """Refuse a batch with NaN or infinite values.
+
+    Raises:
+        CalibrationError: names the batch.
+    """
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not torch.isfinite(leaf).all():
+            raise CalibrationError(
+                f"Calibration batch {index} holds NaN or infinite values, shape {tuple(leaf.shape)}: "
+                f"every range learnt from it would be useless. Remove such samples from the calibration data."
+            )

@@ -1,0 +1,170 @@
+"""Quantization as functions on modules, for whoever has no Trainer: prepare, calibrate, convert, quantize_dynamic."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qat_lightning.calibration import calibrate as run_calibration
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.flows import get_flow
+from qat_lightning.parity import merge
+from qat_lightning.plan import Call, Plan, check_overrides, make_plan
+from qat_lightning.recipe import DynamicPTQ, Recipe, parse_recipe
+from qat_lightning.report import LayerParity
+
+_PREPARED = "prepared"
+_INT8 = "int8"
+
+
+def prepare(module: nn.Module, recipe: Recipe | str, example: Call | None = None) -> nn.Module:
+    """Return a copy of ``module`` with fake-quant and observers, all switched off.
+
+    Args:
+        module: any module; it is not changed.
+        recipe: :class:`QAT` or :class:`StaticPTQ`, or its name.
+        example: a call of the module; needed where an optional argument of ``forward`` is a tensor.
+
+    Raises:
+        ConfigurationError: nothing to quantize, an override without a match, a dynamic recipe.
+        UnsupportedModelError: the flow cannot handle the module; names the line and a flow that can.
+    """
+    recipe = parse_recipe(recipe)
+    if isinstance(recipe, DynamicPTQ):
+        raise ConfigurationError("Dynamic quantization has nothing to prepare: use quantize_dynamic(module, recipe).")
+    check_overrides(recipe, {"": module})
+    plan = make_plan(module, recipe, example=example)
+    require_layers({"": plan})
+    return prepare_planned(copy.deepcopy(module), plan)
+
+
+def calibrate(prepared: nn.Module, batches: Iterable[Any], limit: int | None = None, progress: bool = False) -> nn.Module:
+    """Let the observers of ``prepared`` watch ``batches`` and switch fake-quant on; returns ``prepared``.
+
+    Args:
+        prepared: from :func:`prepare`.
+        batches: inputs of the module: a tensor, a tuple of positional arguments or a mapping of keyword arguments each.
+        limit: how many batches are used at most; None: all.
+        progress: show a progress bar.
+
+    Raises:
+        CalibrationError: no batch, or NaN or infinite values.
+    """
+    prepared.eval()
+    run_calibration([prepared], batches, lambda batch: as_call(batch).run(prepared), limit, progress)
+    return prepared
+
+
+def convert(prepared: nn.Module) -> nn.Module:
+    """Return an int8 copy of ``prepared`` on the CPU; ``prepared`` itself is not changed.
+
+    Args:
+        prepared: from :func:`prepare`, trained or calibrated.
+
+    Raises:
+        ConfigurationError: the module was not prepared.
+    """
+    plan = plan_of(prepared)
+    if plan is None:
+        raise ConfigurationError(f"{type(prepared).__name__} was not prepared: call prepare(module, recipe) first.")
+    return convert_planned(copy.deepcopy(prepared).cpu(), plan)
+
+
+def quantize_dynamic(module: nn.Module, recipe: Recipe | str = "dynamic") -> nn.Module:
+    """Return a copy of ``module`` on the CPU whose Linear, LSTM and GRU layers are quantized dynamically.
+
+    Args:
+        module: any module; it is not changed.
+        recipe: :class:`DynamicPTQ`, or its name.
+
+    Raises:
+        ConfigurationError: nothing to quantize, an override without a match, another recipe.
+    """
+    recipe = parse_recipe(recipe)
+    if not isinstance(recipe, DynamicPTQ):
+        raise ConfigurationError(f"Expected a DynamicPTQ recipe, but got {recipe!r}: use prepare, calibrate and convert for it.")
+    check_overrides(recipe, {"": module})
+    plan = make_plan(module, recipe)
+    require_layers({"": plan})
+    return convert_planned(copy.deepcopy(module).cpu(), plan)
+
+
+def measure_parity(prepared: nn.Module, int8: nn.Module, batches: Sequence[Any]) -> tuple[LayerParity, ...]:
+    """Compare a prepared module in eval mode with its int8 copy, layer by layer.
+
+    Args:
+        prepared: from :func:`prepare`, trained or calibrated, on the CPU.
+        int8: from :func:`convert`.
+        batches: inputs as in :func:`calibrate`.
+    """
+    plan = plan_of(prepared)
+    assert plan is not None
+    return merge(get_flow(plan.flow).parity(prepared.eval(), int8, [as_call(batch) for batch in batches]))
+
+
+def as_call(batch: Any) -> Call:
+    """Return a batch as the arguments of a module."""
+    if isinstance(batch, Call):
+        return batch
+    if isinstance(batch, dict):
+        return Call((), batch)
+    return Call(tuple(batch), {}) if isinstance(batch, list | tuple) else Call((batch,), {})
+
+
+def prepare_planned(module: nn.Module, plan: Plan) -> nn.Module:
+    """Prepare by a plan; the module is used up and its parameters live on in the result."""
+    with torch.random.fork_rng(devices=[]):  # torch.ao draws initial weights for layers it then gives the user's weights
+        return _mark(get_flow(plan.flow).prepare(module, plan), _PREPARED, plan)
+
+
+def convert_planned(module: nn.Module, plan: Plan) -> nn.Module:
+    """Convert a prepared module, or quantize a float one dynamically; the module lies on the CPU and is used up."""
+    flow = get_flow(plan.flow)
+    with torch.random.fork_rng(devices=[]):
+        int8 = flow.quantize_dynamic(module, plan) if plan.recipe == DynamicPTQ.name else flow.convert(module, plan)
+    return _mark(int8, _INT8, plan)
+
+
+def plan_of(module: nn.Module) -> Plan | None:
+    """Return the plan of a prepared module, None for any other."""
+    return _read(module, _PREPARED)
+
+
+def int8_plan_of(module: nn.Module) -> Plan | None:
+    """Return the plan of an int8 module, None for any other."""
+    return _read(module, _INT8)
+
+
+def require_layers(plans: dict[str, Plan]) -> None:
+    """Refuse to quantize nothing.
+
+    Raises:
+        ConfigurationError: no plan has a layer.
+    """
+    if any(plan.layers for plan in plans.values()):
+        return
+    kinds = "Linear, LSTM or GRU" if any(plan.recipe == DynamicPTQ.name for plan in plans.values()) else "Conv1d, Conv2d, Conv3d or Linear"
+    raise ConfigurationError(
+        f"Nothing to quantize: {sorted(plans) if any(plans) else 'the module'} holds no {kinds} layer that `overrides` does not keep in float. "
+        f"Name modules that do with `modules`, or remove the overrides."
+    )
+
+
+def _mark(module: nn.Module, key: str, plan: Plan) -> nn.Module:
+    marks = _marks(module)
+    marks.clear()
+    marks[key] = plan
+    return module
+
+
+def _read(module: nn.Module, key: str) -> Plan | None:
+    return _marks(module).get(key)
+
+
+def _marks(module: nn.Module) -> dict[str, Plan]:
+    # A GraphModule keeps nothing but its `meta` when it is copied.
+    home = module.meta if isinstance(module, fx.GraphModule) else vars(module)
+    marks: dict[str, Plan] = home.setdefault("_qat_lightning", {})
+    return marks

@@ -1,0 +1,26 @@
+"""Silences what PyTorch says about its own quantization and a user of this package can do nothing about."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MESSAGES = (
+    # torch.ao still ships with every torch this package admits, and stays behind the flows.
+    "torch.ao.quantization is deprecated",
+    "torch.quantize_per_tensor, torch.quantize_per_channel and other quantized tensor creation functions",
+    # Said of observers that the plan leaves without data on purpose: a dry run, or a layer that stays float.
+    "must run observer before calling",
+    "QConfig must specify a FixedQParams",
+    "Please use quant_min and quant_max",
+    # Said by torch.ao's own code when it converts recurrent layers.
+    "To copy construct from a tensor, it is recommended",
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ignore these warnings for the time of the block, and no others."""
+    with warnings.catch_warnings():
+        for message in MESSAGES:
+            warnings.filterwarnings("ignore", message=f".*{message}")
+        yield

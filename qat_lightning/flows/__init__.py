@@ -1,0 +1,5 @@
+"""Flows carry a recipe out on one module; they alone know ``torch.ao`` and, later, ``torchao``."""
+
+from qat_lightning.flows.base import Flow, get_flow
+
+__all__ = ["Flow", "get_flow"]

@@ -1,0 +1,366 @@
+"""The fx flow: FX graph mode of ``torch.ao.quantization``. Traces the module, so functional operations are quantized too."""
+
+import inspect
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.ao.quantization import (
+    FakeQuantizeBase,
+    FixedQParamsFakeQuantize,
+    QConfigMapping,
+    get_default_qat_qconfig_mapping,
+)
+from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
+from torch.ao.quantization.fx.tracer import QuantizationTracer
+from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx, prepare_qat_fx
+from torch.nn import functional as F
+
+from qat_lightning.backend import RECURRENT, TRANSPOSED, engine
+from qat_lightning.deprecation import quiet
+from qat_lightning.errors import UnsupportedModelError
+from qat_lightning.flows.base import with_parent
+from qat_lightning.flows.blame import first_line, line_of_error, line_of_node
+from qat_lightning.flows.torch_ao import (
+    dynamic_qconfig,
+    initialize,
+    layer_reports,
+    limit_activation,
+    pack,
+    planned_layer,
+    static_qconfig,
+)
+from qat_lightning.parity import Reference, compare
+from qat_lightning.plan import Call, Plan
+from qat_lightning.report import LayerParity, LayerReport
+
+__all__ = ["convert", "layers", "pack", "parity", "prepare", "quantize_dynamic"]
+
+# Their weights have no fake-quant in torch.ao, so that training and parity would not see their rounding.
+FLOAT_TYPES: tuple[Any, ...] = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    *RECURRENT,
+    *TRANSPOSED,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+    F.embedding,
+)
+DROPOUTS = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d, F.alpha_dropout: nn.AlphaDropout}
+KERNEL_OPS = ("conv1d", "conv2d", "conv3d", "linear")
+
+
+def prepare(module: nn.Module, plan: Plan) -> nn.Module:
+    """Trace ``module`` and return a graph with fused layers and fake-quant; see :class:`qat_lightning.flows.base.Flow`."""
+    training = module.training
+    if "" in plan.layers:
+        module, plan = with_parent(module, plan)
+    with quiet():
+        post_training = plan.observer is not None
+        source = _specialise(module.train(not post_training), plan)
+        if post_training:
+            source = fuse_fx(source, fuse_custom_config=None)
+        custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(module, plan))
+        prepared = prepare_qat_fx(source.train(), _static_mapping(plan), (torch.zeros(1),), prepare_custom_config=custom)
+    _limit_inputs(prepared, plan)
+    initialize(prepared)
+    _Surface.of(module, plan).attach(prepared)
+    return prepared.train(training)
+
+
+def convert(prepared: nn.Module, plan: Plan) -> nn.Module:
+    """Return the int8 graph; see :class:`qat_lightning.flows.base.Flow`."""
+    surface = prepared._surface
+    with quiet(), engine(plan.backend):
+        int8 = convert_fx(prepared.eval())
+    pack(int8, plan)
+    surface.attach(int8)
+    return int8
+
+
+def quantize_dynamic(module: nn.Module, plan: Plan) -> nn.Module:
+    """Return ``module`` with dynamic int8 layers; see :class:`qat_lightning.flows.base.Flow`."""
+    if "" in plan.layers:
+        module, plan = with_parent(module, plan)
+    mapping = QConfigMapping()
+    for name, layer in plan.layers.items():
+        mapping.set_module_name(name, dynamic_qconfig(layer))
+    with quiet(), engine(plan.backend):
+        source = _specialise(module.eval(), plan)
+        custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(module, plan))
+        int8 = convert_fx(prepare_fx(source, mapping, (torch.zeros(1),), prepare_custom_config=custom))
+    pack(int8, plan)
+    _Surface.of(module, plan).attach(int8)
+    return int8
+
+
+def layers(int8: nn.Module, plan: Plan) -> Iterator[LayerReport]:
+    """Yield the layers that run in int8, functional ones under the name of their graph node."""
+    yield from layer_reports(int8, plan)
+    assert isinstance(int8, fx.GraphModule)
+    for node in int8.graph.nodes:
+        if node.op == "call_function" and _is_kernel(node.target):
+            yield LayerReport(layer=node.name, engine=plan.backend, activation_bits=8, per_channel=plan_per_channel(plan))
+
+
+def plan_per_channel(plan: Plan) -> bool:
+    """Whether functional layers, which no plan names, have one weight scale per channel."""
+    return all(layer.per_channel for layer in plan.layers.values())
+
+
+def parity(prepared: nn.Module, int8: nn.Module, calls: Sequence[Call]) -> list[LayerParity]:
+    """Compare fake-quant and int8 node by node; see :class:`qat_lightning.flows.base.Flow`."""
+    assert isinstance(prepared, fx.GraphModule) and isinstance(int8, fx.GraphModule)
+    found: list[LayerParity] = []
+    for call in calls:
+        inputs = prepared._surface.positional(call.args, call.kwargs)
+        recorder = _Recorder(prepared)
+        recorder.run(*inputs)
+        follower = _Follower(int8, recorder.references)
+        follower.run(*inputs)
+        found.extend(follower.layers)
+    return found
+
+
+# --- tracing -----------------------------------------------------------------------------------------------------------------
+
+
+class _Tracer(QuantizationTracer):  # type: ignore[misc]
+    """Torch's tracer of quantization that remembers in which submodule a trace failed."""
+
+    failed_module = ""
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed_module = self.failed_module or self.path_of_module(m)
+            raise
+
+
+def trace(module: nn.Module, plan: Plan) -> fx.Graph:
+    """Return the graph of ``module``.
+
+    Raises:
+        UnsupportedModelError: names the submodule and the line that cannot be traced.
+    """
+    tracer = _Tracer(_untraced(module, plan), [])
+    tracer.record_stack_traces = True
+    constants = {name: inspect.signature(module.forward).parameters[name].default for name in plan.constants}
+    try:
+        return tracer.trace(module, concrete_args=constants or None)
+    except Exception as error:
+        raise UnsupportedModelError(_explain_trace(error, module, tracer.failed_module)) from error
+
+
+def _explain_trace(error: Exception, module: nn.Module, path: str) -> str:
+    owner = f"module {path!r} ({type(module.get_submodule(path)).__name__})" if path else type(module).__name__
+    return (
+        f"flow='fx' cannot trace {owner} at {line_of_error(error)}: {type(error).__name__}: {first_line(error)}. "
+        f"Use flow='eager', which does not trace; or keep the module in float with overrides={{{path or '...'!r}: None}}; "
+        f"or rewrite the line without Python control flow on tensors."
+    )
+
+
+def _specialise(module: nn.Module, plan: Plan) -> nn.Module:
+    """Check that ``module`` can be traced and return it, or its graph where arguments of ``forward`` are constants."""
+    graph = trace(module, plan)
+    if module.training:
+        _refuse_training_branches(module, plan, graph)
+    dropouts = [node for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]
+    if not plan.constants and not dropouts:
+        return module
+    for node in list(graph.nodes):
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none"):
+            graph.erase_node(node)
+    for node in [node for node in graph.nodes if node.op == "placeholder"]:
+        name = next((name for name in plan.constants if node.target.rpartition("_")[0] == name), None)
+        if name is not None and not node.users:
+            graph.erase_node(node)
+    specialised = fx.GraphModule(module, graph)
+    for node in dropouts:
+        _modularise_dropout(specialised, node)
+    return specialised
+
+
+def _modularise_dropout(module: fx.GraphModule, node: fx.Node) -> None:
+    """Turn functional dropout into a module: the trace has fixed ``training=self.training`` for good."""
+    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    name = f"{node.name}_module"
+    module.add_submodule(name, DROPOUTS[node.target](bound.arguments["p"]).train(module.training))
+    with module.graph.inserting_after(node):
+        replacement = module.graph.call_module(name, (bound.arguments["input"],))
+    node.replace_all_uses_with(replacement)
+    module.graph.erase_node(node)
+    module.recompile()
+
+
+def _refuse_training_branches(module: nn.Module, plan: Plan, training_graph: fx.Graph) -> None:
+    """A trace bakes in one side of ``if self.training``; refuse unless both sides are the same graph."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    evaluation_graph = trace(module, plan)
+    for child, mode in modes.items():
+        child.training = mode
+    for one, other in zip(training_graph.nodes, evaluation_graph.nodes, strict=False):
+        if (one.op, one.target) != (other.op, other.target):
+            raise UnsupportedModelError(
+                f"flow='fx' traces one graph for training and evaluation, but {type(module).__name__}.forward branches on "
+                f"`self.training` near {line_of_node(one)}. Use flow='eager', recipe 'ptq' (which only needs evaluation), "
+                f"or move the branch out of the module."
+            )
+
+
+def _untraced(module: nn.Module, plan: Plan) -> list[str]:
+    """Return the containers that stay float: they are called as they are and need not be traceable."""
+    return [name for name in plan.float_modules if name and any(True for _ in module.get_submodule(name).children())]
+
+
+# --- configuration -----------------------------------------------------------------------------------------------------------
+
+
+def _static_mapping(plan: Plan) -> QConfigMapping:
+    default = static_qconfig(plan, plan_per_channel(plan))
+    defaults = get_default_qat_qconfig_mapping("x86")
+    mapping = QConfigMapping().set_global(default)
+    for key, qconfig in defaults.object_type_qconfigs.items():
+        fixed = qconfig is not None and _is_fixed(qconfig.activation)
+        if fixed or key == "reshape":
+            mapping.set_object_type(key, qconfig)
+    for key in FLOAT_TYPES:
+        mapping.set_object_type(key, None)
+    for name, layer in plan.layers.items():
+        if layer.per_channel != plan_per_channel(plan):
+            mapping.set_module_name(name, static_qconfig(plan, layer.per_channel))
+    for name in plan.float_modules:
+        mapping.set_module_name(name, None) if name else mapping.set_global(None)
+    return mapping
+
+
+def _is_fixed(constructor: Any) -> bool:
+    """Whether the qconfig is for an operation whose output range is known, such as sigmoid."""
+    return isinstance(constructor(), FixedQParamsFakeQuantize) if callable(constructor) else False
+
+
+# --- after prepare -----------------------------------------------------------------------------------------------------------
+
+
+def _limit_inputs(prepared: fx.GraphModule, plan: Plan) -> None:
+    """Give the inputs of layers whose kernel saturates fewer bits."""
+    for node in prepared.graph.nodes:
+        planned = planned_layer(plan, node.target) if node.op == "call_module" else None
+        if planned is None or planned.kernel.activation_bits == 8:
+            continue
+        source = node.args[0]
+        if isinstance(source, fx.Node) and source.op == "call_module":
+            limit_activation(prepared.get_submodule(str(source.target)), planned.kernel.activation_bits)
+
+
+class _Surface:
+    """What the user's code sees of a module besides its graph: plain attributes, and arguments that the trace has fixed.
+
+    As a forward pre-hook it drops those arguments, after checking that they still have their default value.
+    """
+
+    def __init__(self, attributes: dict[str, Any], signature: inspect.Signature, constants: tuple[str, ...]) -> None:
+        self.attributes = attributes
+        self.signature = signature
+        self.constants = constants
+
+    @staticmethod
+    def of(module: nn.Module, plan: Plan) -> "_Surface":
+        own = vars(nn.Module())
+        attributes = {name: value for name, value in vars(module).items() if name not in own and not name.startswith("_")}
+        return _Surface(attributes, inspect.signature(module.forward), plan.constants)
+
+    def attach(self, module: fx.GraphModule) -> None:
+        for name, value in self.attributes.items():
+            setattr(module, name, value)
+        module._surface = self
+        if self.constants:
+            module.register_forward_pre_hook(self, with_kwargs=True)
+        # A copy of a GraphModule starts without its attributes and forward hooks.
+        module._register_deepcopy_hook(self.reattach)
+
+    def reattach(self, module: fx.GraphModule) -> None:
+        module._deepcopy_hooks = []
+        self.attach(module)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.positional(args, kwargs), {}
+
+    def positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        for name in self.constants:
+            default, value = self.signature.parameters[name].default, bound.arguments[name]
+            if isinstance(value, Tensor) or value != default:
+                raise UnsupportedModelError(
+                    f"forward was traced with {name}={default!r}, its default, but is called with {name} of type {type(value).__name__}. "
+                    f"Set `example_input_array` on the LightningModule (or pass `example` to prepare) to a call "
+                    f"that gives {name!r}, so that the trace sees it; or use flow='eager'."
+                )
+        return tuple(value for name, value in bound.arguments.items() if name not in self.constants)
+
+
+# --- parity ------------------------------------------------------------------------------------------------------------------
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the fake-quantized graph and keeps what every activation fake-quant returned."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.references: list[Reference] = []
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = super().call_module(target, args, kwargs)
+        module = self.fetch_attr(target)
+        if isinstance(module, FakeQuantizeBase) and isinstance(output, Tensor):
+            scale, zero_point = module.calculate_qparams()
+            self.references.append(Reference(output.detach(), float(scale.flatten()[0]), int(zero_point.flatten()[0])))
+        return output
+
+
+class _Follower(fx.Interpreter):
+    """Runs the int8 graph, each node on the fake-quantized values, and compares what it returns with theirs.
+
+    Conversion renames nodes, but scale and zero point pass through it unchanged: the reference of a quantized value is the first
+    unused one with its qparams and shape.
+    """
+
+    def __init__(self, module: fx.GraphModule, references: list[Reference]) -> None:
+        super().__init__(module)
+        self.unused = references
+        self.layers: list[LayerParity] = []
+
+    def run_node(self, node: fx.Node) -> Any:
+        output = super().run_node(node)
+        if not isinstance(output, Tensor) or not output.is_quantized or _only_reshapes(node):
+            return output
+        index = next((i for i, reference in enumerate(self.unused) if reference.fits(output)), None)
+        if index is None:
+            return output
+        reference = self.unused.pop(index)
+        name = str(node.target) if node.op == "call_module" else node.name
+        self.layers.append(compare(name, output, reference))
+        return reference.quantized()
+
+
+def _only_reshapes(node: fx.Node) -> bool:
+    return node.target in (operator.getitem, torch.flatten, torch.reshape) or node.target in (
+        "view",
+        "reshape",
+        "flatten",
+        "permute",
+        "contiguous",
+    )
+
+
+def _is_kernel(target: Any) -> bool:
+    return getattr(target, "__module__", "") == "torch._ops.quantized" and target.__name__.startswith(KERNEL_OPS)

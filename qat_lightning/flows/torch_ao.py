@@ -1,0 +1,214 @@
+"""What the eager and fx flows share of ``torch.ao.quantization``: fake-quant modules, qconfigs and the packing of int8 weights."""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import (
+    FakeQuantize,
+    FakeQuantizeBase,
+    FusedMovingAvgObsFakeQuantize,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    PerChannelMinMaxObserver,
+    QConfig,
+    default_dynamic_qconfig,
+    per_channel_dynamic_qconfig,
+)
+
+from qat_lightning.affine import SMALLEST_SCALE
+from qat_lightning.backend import engine
+from qat_lightning.plan import LayerPlan, Plan
+from qat_lightning.report import LayerReport
+
+ACTIVATION_OBSERVERS = {
+    "histogram": HistogramObserver,
+    "minmax": MinMaxObserver,
+    "moving_average": MovingAverageMinMaxObserver,
+}
+# The kernels store -128 too; the scale is such that only a weight that grew after its range was frozen gets there.
+WEIGHT_RANGE = {"quant_min": -128, "quant_max": 127}
+KERNEL_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+
+
+class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
+    """Fake-quant of activations during training: torch's fused observer and fake-quant, computed in float32 whatever the precision of the training.
+
+    The qparams in use are those the forward pass rounded with. Torch computes them a second time for the conversion, by a formula
+    that differs in the last bit, enough to move a value by a step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` rounded to the grid, in the dtype of ``x``; integers pass through."""
+        if not x.is_floating_point():
+            return x
+        return cast(Tensor, super().forward(x.float())).to(x.dtype)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point."""
+        if self.fake_quant_enabled[0]:
+            return self.scale, self.zero_point
+        return cast(tuple[Tensor, Tensor], super().calculate_qparams())
+
+
+class WeightFakeQuantize(FakeQuantize):  # type: ignore[misc]
+    """Symmetric fake-quant of weights: the scale puts the largest magnitude, of a channel or of the tensor, on 127.
+
+    Torch's fused module follows weights by a moving average, which lags behind, and gives a channel whose weights all have one sign
+    (frequent in depthwise layers) a zero point of -128, which the conversion to int8 then replaces by 0.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` rounded to the grid, in the dtype of ``x``."""
+        if self.observer_enabled[0]:
+            self.measure(x.detach())
+        if not self.fake_quant_enabled[0]:
+            return x
+        scale, zero_point = self.scale, self.zero_point
+        if self.is_per_channel:
+            return torch.fake_quantize_per_channel_affine(x.float(), scale, zero_point, self.ch_axis, *self._limits()).to(x.dtype)
+        return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, *self._limits()).to(x.dtype)
+
+    def measure(self, weight: Tensor) -> None:
+        """Set the scale for ``weight``, of any shape with channels at ``ch_axis``."""
+        axes = [axis for axis in range(weight.dim()) if axis != self.ch_axis] if self.is_per_channel else list(range(weight.dim()))
+        largest = weight.float().abs().amax(axes).reshape(-1)
+        self.scale = (largest / WEIGHT_RANGE["quant_max"]).clamp(min=SMALLEST_SCALE)
+        self.zero_point = torch.zeros_like(self.scale, dtype=torch.int32)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point."""
+        return self.scale, self.zero_point
+
+    def _limits(self) -> tuple[int, int]:
+        return WEIGHT_RANGE["quant_min"], WEIGHT_RANGE["quant_max"]
+
+
+class CalibratedFakeQuantize(FakeQuantize):  # type: ignore[misc]
+    """Fake-quant of activations whose range is computed once, by ``freeze_range``, after the observer has seen all calibration data.
+
+    Torch's own searches the best range anew in every forward pass, which takes most of the time with a histogram.
+    """
+
+    range_frozen = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``, rounded to the grid where fake-quant is on; integers pass through."""
+        if not x.is_floating_point():
+            return x
+        if self.observer_enabled[0]:
+            self.activation_post_process(x.detach().float())
+        if not self.fake_quant_enabled[0]:
+            return x
+        observer = self.activation_post_process
+        return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, observer.quant_min, observer.quant_max).to(
+            x.dtype
+        )
+
+    def freeze_range(self) -> None:
+        """Compute scale and zero point from what the observer has seen."""
+        scale, zero_point = self.activation_post_process.calculate_qparams()
+        self.scale = scale.float().reshape(-1)
+        self.zero_point = zero_point.to(torch.int32).reshape(-1)
+        self.range_frozen = True
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point."""
+        if not self.range_frozen:
+            self.freeze_range()
+        return self.scale, self.zero_point
+
+
+def activation_fake_quant(plan: Plan) -> Any:
+    """Return the constructor of the fake-quant of activations, uint8 with full range."""
+    settings = {"quant_min": 0, "quant_max": 255, "dtype": torch.quint8, "qscheme": torch.per_tensor_affine}
+    if plan.observer is None:
+        return TrainingFakeQuantize.with_args(observer=MovingAverageMinMaxObserver, **settings)
+    return CalibratedFakeQuantize.with_args(observer=ACTIVATION_OBSERVERS[plan.observer], **settings)
+
+
+def weight_fake_quant(per_channel: bool) -> Any:
+    """Return the constructor of the fake-quant of weights, int8 and symmetric."""
+    if per_channel:
+        return WeightFakeQuantize.with_args(
+            observer=PerChannelMinMaxObserver, dtype=torch.qint8, qscheme=torch.per_channel_symmetric, ch_axis=0, **WEIGHT_RANGE
+        )
+    return WeightFakeQuantize.with_args(observer=MinMaxObserver, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, **WEIGHT_RANGE)
+
+
+def static_qconfig(plan: Plan, per_channel: bool = True) -> QConfig:
+    """Return the qconfig of a layer."""
+    return QConfig(activation=activation_fake_quant(plan), weight=weight_fake_quant(per_channel))
+
+
+def dynamic_qconfig(plan: LayerPlan) -> QConfig:
+    """Return the qconfig of a layer that is quantized dynamically."""
+    return per_channel_dynamic_qconfig if plan.per_channel else default_dynamic_qconfig
+
+
+def fake_quants(module: nn.Module) -> Iterator[tuple[str, FakeQuantizeBase]]:
+    """Yield the fake-quant modules, activations' and weights'."""
+    for name, child in module.named_modules():
+        if isinstance(child, FakeQuantizeBase):
+            yield name, child
+
+
+def initialize(prepared: nn.Module) -> None:
+    """Give every weight its scale, so that no buffer grows later, and switch everything off."""
+    for layer in prepared.modules():
+        fake_quant = getattr(layer, "weight_fake_quant", None)
+        if isinstance(fake_quant, WeightFakeQuantize):
+            fake_quant.measure(layer.weight.detach())
+    for _, fake_quant in fake_quants(prepared):
+        fake_quant.disable_observer()
+        fake_quant.disable_fake_quant()
+
+
+def planned_layer(plan: Plan, name: str) -> LayerPlan | None:
+    """Return the plan of the layer, also where the module has been given a parent."""
+    return plan.layers.get(name) or plan.layers.get(name.removeprefix("wrapped").removeprefix("."))
+
+
+def pack(int8: nn.Module, plan: Plan) -> None:
+    """Pack the weights of each layer with the engine that its plan names; see :class:`qat_lightning.flows.base.Flow`."""
+    for name, layer in kernel_modules(int8):
+        if not hasattr(layer, "set_weight_bias"):
+            continue  # recurrent layers keep the engine of the backend
+        planned = planned_layer(plan, name)
+        with engine(planned.kernel.engine if planned else plan.backend):
+            layer.set_weight_bias(*layer._weight_bias())
+
+
+def kernel_modules(int8: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that hold packed int8 weights."""
+    for name, child in int8.named_modules():
+        if type(child).__module__.startswith(KERNEL_PACKAGES) and _has_int8_weight(child):
+            yield name, child
+
+
+def layer_reports(int8: nn.Module, plan: Plan) -> Iterator[LayerReport]:
+    """Yield how each module with packed weights runs."""
+    for name, layer in kernel_modules(int8):
+        planned = planned_layer(plan, name)
+        scale, zero_point = getattr(layer, "scale", None), getattr(layer, "zero_point", None)
+        yield LayerReport(
+            layer=name,
+            engine=planned.kernel.engine if planned else plan.backend,
+            activation_bits=planned.kernel.activation_bits if planned else 8,
+            per_channel=planned.per_channel if planned else True,
+            scale=None if scale is None or plan.recipe == "dynamic" else float(scale),
+            zero_point=None if zero_point is None or plan.recipe == "dynamic" else int(zero_point),
+        )
+
+
+def limit_activation(fake_quant: nn.Module, bits: int) -> None:
+    """Give the output of ``fake_quant`` fewer bits, for a kernel that saturates with all eight."""
+    if isinstance(fake_quant, TrainingFakeQuantize | CalibratedFakeQuantize):
+        fake_quant.activation_post_process.quant_max = 2**bits - 1
+
+
+def _has_int8_weight(module: nn.Module) -> bool:
+    # The packed parameters of a linear layer are a module of their own, without ``weight``.
+    return (hasattr(module, "_weight_bias") and hasattr(module, "weight")) or hasattr(module, "_all_weight_values")

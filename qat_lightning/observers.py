@@ -1,0 +1,89 @@
+"""Switches of fake-quant, observers and BatchNorm statistics, by duck typing: torch.ao's and torchao's modules alike."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qat_lightning.errors import CalibrationError
+from qat_lightning.schedule import Phase
+
+
+def apply_phase(module: nn.Module, phase: Phase) -> None:
+    """Switch fake-quant, observers and BatchNorm statistics of a prepared module.
+
+    Args:
+        module: the prepared module, in train or eval mode.
+        phase: what is to be on; BatchNorm is frozen or not only in train mode, eval mode freezes it anyway.
+    """
+    for fake_quant in fake_quants(module):
+        fake_quant.enable_fake_quant(phase.fake_quant)
+        fake_quant.enable_observer(phase.observers)
+    if module.training:
+        freeze_bn(module, phase.bn_frozen)
+
+
+def switch_observers_off(module: nn.Module) -> None:
+    """Stop observers from learning; fake-quant stays as it is."""
+    for fake_quant in fake_quants(module):
+        fake_quant.enable_observer(False)
+
+
+def freeze_bn(module: nn.Module, frozen: bool) -> None:
+    """Let BatchNorm, fused into a convolution or not, use its running statistics and stop updating them, or learn them again."""
+    fused: set[int] = set()
+    for child in module.modules():
+        if hasattr(child, "freeze_bn_stats") and hasattr(child, "bn"):
+            child.freeze_bn_stats() if frozen else child.update_bn_stats()
+            fused.add(id(child.bn))
+    for child in module.modules():
+        if isinstance(child, _BatchNorm) and id(child) not in fused:
+            child.train(not frozen)
+
+
+def fake_quants(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the fake-quant modules."""
+    for child in module.modules():
+        if hasattr(child, "enable_fake_quant") and hasattr(child, "enable_observer"):
+            yield child
+
+
+def freeze_ranges(module: nn.Module) -> None:
+    """Compute scale and zero point of every observer that waits for the end of its calibration."""
+    for child in fake_quants(module):
+        if hasattr(child, "freeze_range"):
+            child.freeze_range()
+
+
+def check_ranges(module: nn.Module, name: str) -> None:
+    """Refuse observers that saw nothing, NaN or infinity.
+
+    Args:
+        module: a prepared module after training or calibration.
+        name: its name, for the message.
+
+    Raises:
+        CalibrationError: names the first such observer.
+    """
+    empty, broken = [], []
+    for path, child in module.named_modules():
+        observer = getattr(child, "activation_post_process", None)
+        low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
+        if not hasattr(child, "enable_observer") or path.endswith("weight_fake_quant") or not isinstance(low, Tensor):
+            continue
+        assert isinstance(high, Tensor)
+        if low.numel() == 0 or (torch.isinf(low).all() and (low > high).all()):
+            empty.append(path)
+        elif not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+            broken.append(path)
+    if broken:
+        raise CalibrationError(
+            f"{name}: the observer {broken[0]!r} has seen NaN or infinite activations ({len(broken)} observers in all), so it has no range. "
+            f"Check the data and the float model: run the model in float on the same batches and look for NaN."
+        )
+    if empty:
+        raise CalibrationError(
+            f"{name}: the observer {empty[0]!r} has seen no data ({len(empty)} observers in all), so it has no range. "
+            f"Train or calibrate with at least one batch that runs this part of the model, or keep it in float with `overrides`."
+        )

@@ -1,0 +1,199 @@
+"""Which layers of a module are quantized, and how: a recipe made concrete for one module on this machine, in primitives only."""
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from qat_lightning.backend import (
+    CONVOLUTIONS,
+    RECURRENT,
+    Kernel,
+    LayerShape,
+    check_backend,
+    choose_kernel,
+)
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.recipe import BackendName, DynamicPTQ, FlowName, LayerOverride, OverrideKey, Recipe, StaticPTQ
+
+STATIC_LAYERS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
+DYNAMIC_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *RECURRENT)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer is quantized."""
+
+    kernel: Kernel
+    per_channel: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one module is quantized. Names of layers are relative to the module.
+
+    Args:
+        recipe: name of the recipe.
+        flow: name of the flow.
+        backend: the engine for everything that ``layers`` does not name.
+        layers: the layers to quantize.
+        float_modules: modules that stay float, with all they contain.
+        fuse: groups of modules that the eager flow fuses; None discovers them.
+        observer: how static quantization chooses activation ranges; None in the other recipes.
+        constants: arguments of ``forward`` that keep their default value, so that tracing may branch on them.
+    """
+
+    recipe: str
+    flow: FlowName
+    backend: BackendName
+    layers: Mapping[str, LayerPlan]
+    float_modules: tuple[str, ...] = ()
+    fuse: tuple[tuple[str, ...], ...] | None = None
+    observer: str | None = None
+    constants: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "Plan":
+        """Return the plan that ``to_dict`` described."""
+        layers = {name: LayerPlan(Kernel(**layer["kernel"]), layer["per_channel"]) for name, layer in values["layers"].items()}
+        fuse = None if values["fuse"] is None else tuple(tuple(group) for group in values["fuse"])
+        rest = {"float_modules": tuple(values["float_modules"]), "constants": tuple(values["constants"]), "fuse": fuse, "layers": layers}
+        return Plan(**{**values, **rest})
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, module: nn.Module) -> Any:
+        """Call ``module`` with them."""
+        return module(*self.args, **self.kwargs)
+
+
+def make_plan(module: nn.Module, recipe: Recipe, name: str = "", example: Call | None = None) -> Plan:
+    """Resolve ``recipe`` for ``module``: which layers, which kernels.
+
+    Args:
+        module: the module to quantize; it is not changed.
+        recipe: what to do.
+        name: qualified name of the module in its parent; overrides may use names with or without it.
+        example: a call of the module; decides which optional arguments are tensors. None: they keep their defaults.
+
+    Raises:
+        ConfigurationError: the backend is not in this build of torch.
+    """
+    check_backend(recipe.backend)
+    settings = {path: _setting(path, child, module, name, recipe.overrides) for path, child in module.named_modules()}
+    layers = {}
+    for path, child in quantizable_layers(module, recipe):
+        override = settings[path]
+        if override is not None:
+            layers[path] = _plan_layer(child, recipe, override)
+    return Plan(
+        recipe=recipe.name,
+        flow=recipe.flow,
+        backend=recipe.backend,
+        layers=layers,
+        float_modules=tuple(_outermost(path for path, override in settings.items() if override is None)),
+        fuse=cast("tuple[tuple[str, ...], ...] | None", recipe.fuse),
+        observer=recipe.observer if isinstance(recipe, StaticPTQ) else None,
+        constants=_constant_arguments(module, example),
+    )
+
+
+def quantizable_layers(module: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and layer of what the recipe can quantize in ``module``, overrides aside."""
+    types = DYNAMIC_LAYERS if isinstance(recipe, DynamicPTQ) else STATIC_LAYERS
+    for path, child in module.named_modules():
+        if type(child) in types:
+            yield path, child
+
+
+def check_overrides(recipe: Recipe, targets: Mapping[str, nn.Module]) -> None:
+    """Refuse an override that matches nothing in the targets.
+
+    Raises:
+        ConfigurationError: names the key and the closest module names.
+    """
+    modules = [(f"{name}.{path}".strip("."), path, child) for name, target in targets.items() for path, child in target.named_modules()]
+    for key in recipe.overrides:
+        if any(_matches(key, full, path, child) for full, path, child in modules):
+            continue
+        names = [full for full, _, _ in modules if full]
+        close = difflib.get_close_matches(str(key), names, n=3) or names[:5]
+        raise ConfigurationError(
+            f"`overrides` has the key {key!r}, which matches no module of {sorted(targets)}. "
+            f"Use a qualified name, a glob or a module type; names are e.g. {close}."
+        )
+
+
+def _plan_layer(layer: nn.Module, recipe: Recipe, override: LayerOverride) -> LayerPlan:
+    per_channel = recipe.per_channel if override.per_channel is None else override.per_channel
+    bits = recipe.activation_bits if override.activation_bits is None else override.activation_bits
+    if override.engine is not None:
+        return LayerPlan(Kernel(override.engine, 8 if bits == "auto" else cast(int, bits)), per_channel)
+    if isinstance(recipe, DynamicPTQ):
+        # The dynamic kernels choose the range of their inputs themselves: 7 bits, but for qnnpack.
+        return LayerPlan(Kernel(recipe.backend, 8 if recipe.backend == "qnnpack" else 7), per_channel and type(layer) not in RECURRENT)
+    return LayerPlan(choose_kernel(recipe.backend, LayerShape.of(layer), bits, per_channel), per_channel)
+
+
+def _setting(path: str, child: nn.Module, root: nn.Module, root_name: str, overrides: Mapping[OverrideKey, Any]) -> LayerOverride | None:
+    """Return the last override that matches the module or one that contains it."""
+    parts = path.split(".") if path else []
+    chain = [("", root)] + [(".".join(parts[: i + 1]), root.get_submodule(".".join(parts[: i + 1]))) for i in range(len(parts))]
+    setting: LayerOverride | None = LayerOverride()
+    for key, value in overrides.items():
+        if any(_matches(key, f"{root_name}.{part}".strip("."), part, module) for part, module in chain):
+            setting = value
+    return setting
+
+
+def _matches(key: OverrideKey, full: str, path: str, module: nn.Module) -> bool:
+    if isinstance(key, type):
+        return isinstance(module, key)
+    return any(name and fnmatch.fnmatchcase(name, key) for name in (full, path))
+
+
+def _outermost(paths: Iterable[str]) -> list[str]:
+    """Return the paths that lie in none of the others."""
+    kept: list[str] = []
+    for path in sorted(paths):
+        if not any(parent == "" or path.startswith(f"{parent}.") for parent in kept):
+            kept.append(path)
+    return kept
+
+
+def _constant_arguments(module: nn.Module, example: Call | None) -> tuple[str, ...]:
+    """Return the arguments of ``forward`` that are left at their default, or are no tensors in the example."""
+    signature = inspect.signature(module.forward)
+    if example is not None:
+        bound = signature.bind(*example.args, **example.kwargs).arguments
+        tensors = {key for key, value in bound.items() if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))}
+    else:
+        tensors = {key for key, parameter in signature.parameters.items() if parameter.default is inspect.Parameter.empty}
+    optional = (key for key, parameter in signature.parameters.items() if parameter.default is not inspect.Parameter.empty)
+    return tuple(key for key in optional if key not in tensors)
+
+
+def detach_call(call: Call) -> Call:
+    """Return the call with every tensor detached and copied, so that nothing later changes it."""
+
+    def freeze(leaf: Any) -> Any:
+        return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+    args, kwargs = pytree.tree_map(freeze, (call.args, call.kwargs))
+    return Call(args, kwargs)

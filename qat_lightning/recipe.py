@@ -1,0 +1,260 @@
+"""The three recipes and the moments of their schedule, as frozen dataclasses that check every value they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from torch import nn
+
+FlowName: TypeAlias = Literal["fx", "eager"]
+BackendName: TypeAlias = Literal["x86", "fbgemm", "onednn", "qnnpack"]
+
+FLOWS: tuple[FlowName, ...] = ("fx", "eager")
+BACKENDS: tuple[BackendName, ...] = ("x86", "fbgemm", "onednn", "qnnpack")
+OBSERVERS = ("histogram", "minmax", "moving_average")
+ACTIVATION_BITS = (7, 8)
+
+
+def check_choice(argument: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
+    if isinstance(value, bool) or value not in allowed:
+        raise ValueError(f"Expected argument `{argument}` to be one of {tuple(allowed)}, but got {value!r}.")
+
+
+def check_count(argument: str, value: object, minimum: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Expected argument `{argument}` to be an integer, but got {value!r}.")
+    if value < minimum:
+        raise ValueError(f"Expected argument `{argument}` to be at least {minimum}, but got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class When:
+    """A moment of a training run; exactly one argument is given.
+
+    Args:
+        epoch: at the start of this epoch, counted from 0.
+        step: once the trainer has made this many optimizer steps (``trainer.global_step``, which counts every optimizer).
+        fraction: once this part of the run is over, in [0, 1); needs a Trainer with ``max_epochs`` or ``max_steps``.
+
+    Raises:
+        ValueError: none or several arguments, a negative count, a fraction outside [0, 1).
+        TypeError: a value that is not a number.
+    """
+
+    epoch: int | None = None
+    step: int | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"Expected exactly one of `epoch`, `step` and `fraction`, but got {given or 'none of them'}.")
+        for name in ("epoch", "step"):
+            if name in given:
+                check_count(name, given[name], minimum=0)
+        if self.fraction is not None:
+            if isinstance(self.fraction, bool) or not isinstance(self.fraction, int | float):
+                raise TypeError(f"Expected argument `fraction` to be a number, but got {self.fraction!r}.")
+            if not 0 <= self.fraction < 1:
+                raise ValueError(
+                    f"Expected argument `fraction` to lie in [0, 1), but got {self.fraction}; use None in place of the When for 'never'."
+                )
+
+    def __str__(self) -> str:
+        """Return e.g. ``When(epoch=3)``."""
+        name, value = next((name, value) for name, value in vars(self).items() if value is not None)
+        return f"When({name}={value})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOverride:
+    """What one layer does differently from its recipe.
+
+    Args:
+        per_channel: one weight scale per output channel (True) or one for the whole tensor (False).
+        activation_bits: value range of the layer's input, 7 or 8 bits.
+        engine: the engine whose kernel runs the layer, e.g. ``"qnnpack"``.
+    """
+
+    per_channel: bool | None = None
+    activation_bits: int | None = None
+    engine: BackendName | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.per_channel is not None and not isinstance(self.per_channel, bool):
+            raise TypeError(f"Expected argument `per_channel` to be a bool, but got {self.per_channel!r}.")
+        if self.activation_bits is not None:
+            check_choice("activation_bits", self.activation_bits, ACTIVATION_BITS)
+        if self.engine is not None:
+            check_choice("engine", self.engine, BACKENDS)
+
+
+OverrideKey: TypeAlias = str | type[nn.Module]
+Overrides: TypeAlias = Mapping[OverrideKey, LayerOverride | Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every recipe has.
+
+    Args:
+        flow: how modules are swapped: ``"fx"`` traces the graph, ``"eager"`` works on modules alone.
+        backend: the engine the int8 model is made for.
+        overrides: per layer, by qualified name, glob (``"layer1.*"``) or module type: None keeps it in float,
+            a :class:`LayerOverride` or a mapping of its arguments changes how it is quantized. The last match wins.
+        fuse: eager flow only: the lists of module names to fuse, as in the PyTorch tutorials; None discovers them.
+        activation_bits: value range of activations; ``"auto"`` gives each layer the full 8 bits with a kernel that was
+            probed not to saturate, and 7 bits where this machine has none.
+        per_channel: one weight scale per output channel, where the layer's kernel can run it.
+
+    Raises:
+        ValueError: a value outside the allowed ones.
+        TypeError: a value of another type.
+    """
+
+    name: ClassVar[str]
+
+    flow: FlowName = "fx"
+    backend: BackendName = "x86"
+    overrides: Overrides = field(default_factory=dict)
+    fuse: Sequence[Sequence[str]] | None = None
+    activation_bits: int | Literal["auto"] = "auto"
+    per_channel: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_choice("flow", self.flow, FLOWS)
+        check_choice("backend", self.backend, BACKENDS)
+        check_choice("activation_bits", self.activation_bits, ("auto", *ACTIVATION_BITS))
+        if not isinstance(self.per_channel, bool):
+            raise TypeError(f"Expected argument `per_channel` to be a bool, but got {self.per_channel!r}.")
+        object.__setattr__(self, "overrides", MappingProxyType(_parse_overrides(self.overrides)))
+        object.__setattr__(self, "fuse", _parse_fuse(self.fuse, self.flow))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields; a mapping proxy can be neither copied nor pickled."""
+        return {**self.__dict__, "overrides": dict(self.overrides)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the fields."""
+        self.__dict__.update(state, overrides=MappingProxyType(state["overrides"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QAT(Recipe):
+    """Quantization-aware training: the network learns with the rounding of int8 in its forward pass (Jacob et al. 2018, arXiv:1712.05877).
+
+    Args:
+        freeze_observers: from then on activation and weight ranges stay as they are; None: never.
+        freeze_bn: from then on BatchNorm normalises with its running statistics and stops updating them; None: never.
+        start: fake-quant begins here, observers watch from the first step; None: at once.
+    """
+
+    name: ClassVar[str] = "qat"
+
+    freeze_observers: When | None = field(default_factory=lambda: When(fraction=0.6))
+    freeze_bn: When | None = field(default_factory=lambda: When(fraction=0.5))
+    start: When | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        for argument in ("freeze_observers", "freeze_bn", "start"):
+            value = getattr(self, argument)
+            if value is not None and not isinstance(value, When):
+                raise TypeError(f"Expected argument `{argument}` to be a When such as When(fraction=0.5), or None, but got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticPTQ(Recipe):
+    """Static post-training quantization: activation ranges come from a few calibration batches, weights from themselves.
+
+    Args:
+        calibration_batches: how many batches the observers see.
+        observer: how a range is chosen: ``"histogram"`` (smallest squared error), ``"minmax"``, ``"moving_average"``.
+    """
+
+    name: ClassVar[str] = "ptq"
+
+    calibration_batches: int = 32
+    observer: Literal["histogram", "minmax", "moving_average"] = "histogram"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        check_count("calibration_batches", self.calibration_batches, minimum=1)
+        check_choice("observer", self.observer, OBSERVERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicPTQ(Recipe):
+    """Dynamic quantization of Linear, LSTM and GRU: int8 weights, activation ranges measured anew at each call.
+
+    The default flow is eager: nothing needs to be traced, so that any ``forward`` works.
+    """
+
+    name: ClassVar[str] = "dynamic"
+
+    flow: FlowName = "eager"
+
+
+RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (QAT, StaticPTQ, DynamicPTQ)}
+
+
+def parse_recipe(recipe: Recipe | str) -> Recipe:
+    """Return ``recipe``, or the recipe of that name with its defaults.
+
+    Raises:
+        ValueError: no recipe has that name.
+        TypeError: neither a recipe nor a name.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str):
+        check_choice("recipe", recipe, tuple(RECIPES))
+        return RECIPES[recipe]()
+    raise TypeError(f"Expected argument `recipe` to be a QAT, StaticPTQ or DynamicPTQ or one of {tuple(RECIPES)}, but got {recipe!r}.")
+
+
+def _parse_overrides(overrides: Overrides) -> dict[OverrideKey, LayerOverride | None]:
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"Expected argument `overrides` to be a mapping from layers to settings, but got {overrides!r}.")
+    parsed: dict[OverrideKey, LayerOverride | None] = {}
+    for key, value in overrides.items():
+        if not isinstance(key, str) and not (isinstance(key, type) and issubclass(key, nn.Module)):
+            raise TypeError(f"Expected the keys of `overrides` to be module names, globs or module types, but got {key!r}.")
+        if value is None or isinstance(value, LayerOverride):
+            parsed[key] = value
+            continue
+        if not isinstance(value, Mapping):
+            raise TypeError(f"Expected `overrides[{key!r}]` to be None (stays float) or a mapping, but got {value!r}.")
+        unknown = set(value) - set(LayerOverride.__dataclass_fields__)
+        if unknown:
+            allowed = tuple(LayerOverride.__dataclass_fields__)
+            raise ValueError(f"Expected the settings of `overrides[{key!r}]` to be among {allowed}, but got {sorted(map(str, unknown))}.")
+        parsed[key] = LayerOverride(**value)
+    return parsed
+
+
+def _parse_fuse(fuse: Sequence[Sequence[str]] | None, flow: FlowName) -> tuple[tuple[str, ...], ...] | None:
+    if fuse is None:
+        return None
+    if flow != "eager":
+        raise ValueError(f"Expected argument `fuse` only with flow='eager' (the fx flow finds its own groups), but got flow={flow!r}.")
+    if isinstance(fuse, str) or not isinstance(fuse, Iterable):
+        raise TypeError(f"Expected argument `fuse` to be a list of lists of module names, but got {fuse!r}.")
+    groups = []
+    for group in fuse:
+        if isinstance(group, str) or not all(isinstance(name, str) for name in group):
+            raise TypeError(f'Expected each group of `fuse` to be a list of module names such as ["conv1", "bn1"], but got {group!r}.')
+        if len(group) < 2:
+            raise ValueError(f"Expected each group of `fuse` to name at least two modules, but got {list(group)!r}.")
+        groups.append(tuple(group))
+    return tuple(groups)
