@@ -1,0 +1,34 @@
+"""Quantization-aware training, static and dynamic quantization for PyTorch Lightning: one callback from a float to an int8 model."""
+
+from qat_lightning.artifact import load_quantized, save_quantized
+from qat_lightning.callback import QuantizationCallback
+from qat_lightning.core import calibrate, convert, measure_parity, prepare, quantize_dynamic
+from qat_lightning.errors import ArtifactError, CalibrationError, ConfigurationError, QuantizationError, UnsupportedModelError
+from qat_lightning.plan import Call
+from qat_lightning.recipe import QAT, DynamicPTQ, LayerOverride, StaticPTQ, When
+from qat_lightning.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QAT",
+    "ArtifactError",
+    "CalibrationError",
+    "Call",
+    "ConfigurationError",
+    "DynamicPTQ",
+    "LayerOverride",
+    "QuantizationCallback",
+    "QuantizationError",
+    "Report",
+    "StaticPTQ",
+    "UnsupportedModelError",
+    "When",
+    "calibrate",
+    "convert",
+    "load_quantized",
+    "measure_parity",
+    "prepare",
+    "quantize_dynamic",
+    "save_quantized",
+]

@@ -1,0 +1,265 @@
+"""The callback: Lightning's hooks, wired to the functions of this package."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from typing_extensions import override
+
+from qat_lightning.conversion import Baseline, quantize_copy, rehearse
+from qat_lightning.core import plan_of, prepare_planned, require_layers
+from qat_lightning.environment import check_trainer, horizon_of, progress_of
+from qat_lightning.errors import ConfigurationError, QuantizationError
+from qat_lightning.evaluation import serialized_bytes
+from qat_lightning.observers import apply_phase, switch_observers_off
+from qat_lightning.plan import Plan, check_overrides, make_plan
+from qat_lightning.recipe import QAT, Recipe, parse_recipe
+from qat_lightning.report import Report
+from qat_lightning.running import attached, calibration_batches, clone, evaluation_step, example_calls, to_device
+from qat_lightning.schedule import Phase, check_reachable, phase
+from qat_lightning.targets import CallRecorder, already, find_targets
+
+log = logging.getLogger(__name__)
+
+ACCURACY_NAMES = ("acc", "accuracy")
+
+
+class QuantizationCallback(Callback):
+    """Quantizes the submodules of any LightningModule during ``trainer.fit``.
+
+    With :class:`QAT`, fake-quant is inserted at setup, observers and BatchNorm statistics freeze on schedule, and at the end of the fit
+    a CPU copy is converted to int8. With :class:`StaticPTQ` and :class:`DynamicPTQ` the model trains in float and a copy is quantized
+    at the end, or at once with ``max_epochs=0``. The trained module itself is never converted: it stays trainable and checkpointable.
+
+    Args:
+        recipe: what to do, or the name of a recipe with its defaults: ``"qat"``, ``"ptq"``, ``"dynamic"``.
+        modules: names of the submodules to quantize; None takes every child with layers to quantize, but no metric and no loss.
+        calibration_data: batches for static quantization, as the datamodule would give them, labels are not needed; None takes
+            ``datamodule.calibration_dataloader()`` where there is one, else the training batches.
+
+    Raises:
+        ValueError: unknown recipe.
+        TypeError: a value of another type.
+
+    Example::
+
+        quantization = QuantizationCallback(QAT(backend="x86"))
+        trainer = Trainer(max_epochs=10, callbacks=[quantization])
+        trainer.fit(model, datamodule)
+        trainer.test(quantization.quantized_module, datamodule)
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | str = "qat",
+        modules: Sequence[str] | None = None,
+        calibration_data: Iterable[Any] | None = None,
+    ) -> None:
+        self._recipe = parse_recipe(recipe)
+        if isinstance(modules, str) or not (modules is None or isinstance(modules, Sequence)):
+            raise TypeError(f"Expected argument `modules` to be a list of names or None, but got {modules!r}.")
+        if modules is not None and not modules:
+            raise ValueError("Expected argument `modules` to name at least one module, but got an empty list; None takes every child.")
+        self._modules = modules
+        self._calibration_data = calibration_data
+        self._baseline = Baseline(targets={}, size_bytes=0)
+        self._plans: dict[str, Plan] = {}
+        self._phase: Phase | None = None
+        self._rehearsed = False
+        self._recorder: CallRecorder | None = None
+        self._quantized: LightningModule | None = None
+        self._report: Report | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self._recipe
+
+    @property
+    def quantized_module(self) -> LightningModule:
+        """The int8 copy of the LightningModule, on the CPU.
+
+        Raises:
+            QuantizationError: no fit has ended yet.
+        """
+        if self._quantized is None:
+            raise QuantizationError("There is no quantized module yet: it is made at the end of trainer.fit.")
+        return self._quantized
+
+    @property
+    def report(self) -> Report:
+        """What became of size, latency and parity, and of accuracy where ``trainer.test`` has measured it.
+
+        Raises:
+            QuantizationError: no fit has ended yet.
+        """
+        if self._report is None:
+            raise QuantizationError("There is no report yet: it is made at the end of trainer.fit.")
+        return self._report
+
+    def calibration_step(self, module: LightningModule, batch: Any) -> None:
+        """Run one calibration batch through ``module``; override it for a module that needs something else.
+
+        Args:
+            module: the LightningModule in eval mode, its logging switched off.
+            batch: from the calibration data, on the device of ``module``.
+        """
+        evaluation_step(module, batch)
+
+    # --- preparation -----------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prepare the module for every stage, before weights are restored and optimizers are made."""
+        prepared, int8 = already(pl_module)
+        if int8 and stage == "fit":
+            raise ConfigurationError(f"{type(pl_module).__name__} is in int8 and cannot be trained: fit the module it was made from.")
+        if int8:
+            return
+        check_trainer(trainer)
+        if prepared and not isinstance(self._recipe, QAT):
+            raise ConfigurationError(
+                f"{type(pl_module).__name__} was prepared for QAT, but this callback has recipe {self._recipe.name!r}: use a fresh module."
+            )
+        if stage == "fit" and isinstance(self._recipe, QAT) and not trainer.fast_dev_run:
+            check_reachable(self._recipe, horizon_of(trainer))
+        if is_overridden("configure_model", pl_module):
+            self._prepare_after_configure_model(pl_module, stage)
+        else:
+            self._prepare(pl_module, stage)
+
+    def _prepare_after_configure_model(self, pl_module: LightningModule, stage: str) -> None:
+        """Let ``configure_model``, which runs after setup and before weights are restored, prepare what it has built."""
+
+        def configure_model() -> None:  # not functools.wraps: Lightning would look through it and skip the hook
+            vars(pl_module).pop("configure_model", None)
+            pl_module.configure_model()
+            self._prepare(pl_module, stage)
+
+        vars(pl_module)["configure_model"] = configure_model
+
+    def _prepare(self, pl_module: LightningModule, stage: str) -> None:
+        self._phase, self._rehearsed = None, False
+        prepared = self._adopt_prepared(pl_module)
+        is_qat = isinstance(self._recipe, QAT)
+        missing = None if self._modules is None else [name for name in self._modules if name not in prepared]
+        if (prepared and not missing) or not (is_qat or stage == "fit"):
+            return
+        fresh = find_targets(pl_module, self._recipe, missing)
+        check_overrides(self._recipe, fresh)
+        plans = self._make_plans(pl_module, fresh)
+        size = serialized_bytes(pl_module)
+        floats = {name: clone(fresh[name]).cpu().eval() for name in plans}
+        self._baseline = Baseline(targets=floats, size_bytes=size)
+        for name, plan in plans.items():
+            rehearse(name, floats[name], plan)
+        if is_qat:
+            for name, plan in plans.items():
+                pl_module.set_submodule(name, prepare_planned(fresh[name], plan))
+        self._plans.update(plans)
+        layers = sum(len(plan.layers) for plan in plans.values())
+        log.info("%d layers of %s will run in int8 (recipe %s, flow %s).", layers, sorted(plans), self._recipe.name, self._recipe.flow)
+
+    def _adopt_prepared(self, pl_module: LightningModule) -> list[str]:
+        """Take over the targets that an earlier fit has prepared, and return their names."""
+        prepared, _ = already(pl_module)
+        plans = {name: plan for name, target in prepared.items() if (plan := plan_of(target)) is not None}
+        if self._modules is not None:
+            plans = {name: plan for name, plan in plans.items() if name in self._modules}
+        self._plans.update(plans)
+        return list(plans)
+
+    def _make_plans(self, pl_module: LightningModule, targets: dict[str, nn.Module]) -> dict[str, Plan]:
+        examples = example_calls(pl_module, targets)
+        plans = {name: make_plan(target, self._recipe, name, examples.get(name)) for name, target in targets.items()}
+        require_layers(plans)
+        return {name: plan for name, plan in plans.items() if plan.layers}
+
+    # --- schedule --------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the phase: Lightning has put the module, BatchNorm included, in train mode."""
+        self._phase = None
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Enter the phase that the trainer's progress calls for."""
+        if isinstance(self._recipe, QAT):
+            self._enter(pl_module, phase(self._recipe, progress_of(trainer, batch_idx)))
+        if not self._rehearsed:
+            self._recorder = CallRecorder({name: pl_module.get_submodule(name) for name in self._plans})
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the first batch, run an int8 copy on what the module was given: better to fail now than after a night."""
+        if self._recorder is None:
+            return
+        calls, self._recorder, self._rehearsed = self._recorder.stop(), None, True
+        for name, plan in self._plans.items():
+            if calls[name]:
+                rehearse(name, pl_module.get_submodule(name), plan, calls[name][0])
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch observers off: they learn from training data alone."""
+        self._leave(pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch observers off."""
+        self._leave(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch observers off."""
+        self._leave(pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch observers off."""
+        self._leave(pl_module)
+
+    def _enter(self, pl_module: LightningModule, wanted: Phase) -> None:
+        if wanted == self._phase:
+            return
+        for target in already(pl_module)[0].values():
+            apply_phase(target, wanted)
+        self._phase = wanted
+
+    def _leave(self, pl_module: LightningModule) -> None:
+        for target in already(pl_module)[0].values():
+            switch_observers_off(target)
+        self._phase = None
+
+    # --- conversion ------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the int8 copy and the report; the trained module is left as it is."""
+        batches = self._calibration_data if self._calibration_data is not None else calibration_batches(trainer)
+        quantized = clone(pl_module).cpu().eval()
+        with attached(quantized, trainer):
+
+            def step(batch: Any) -> None:
+                self.calibration_step(quantized, to_device(quantized, batch))
+
+            self._report = quantize_copy(quantized, self._plans, self._recipe, batches, step, self._baseline)
+        self._quantized = quantized
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the accuracy that a test has measured, of the fake-quantized or of the int8 model."""
+        accuracy = next(
+            (value for name, value in trainer.callback_metrics.items() if name.split("/")[-1].split("_")[-1] in ACCURACY_NAMES), None
+        )
+        if self._report is None or accuracy is None:
+            return
+        prepared, int8 = already(pl_module)
+        if int8:
+            self._report = self._report.with_accuracy("int8", float(accuracy))
+        elif prepared:
+            self._report = self._report.with_accuracy("fake_quant", float(accuracy))

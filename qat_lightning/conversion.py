@@ -1,0 +1,185 @@
+"""From a trained LightningModule to its int8 copy: rehearsed before training, carried out and measured after it."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from qat_lightning.backend import cpu_name
+from qat_lightning.calibration import calibrate
+from qat_lightning.core import convert_planned, plan_of, prepare_planned
+from qat_lightning.errors import QuantizationError, UnsupportedModelError
+from qat_lightning.evaluation import interleaved_medians, serialized_bytes
+from qat_lightning.flows import get_flow
+from qat_lightning.flows.blame import first_line, line_of_error
+from qat_lightning.observers import apply_phase, check_ranges
+from qat_lightning.parity import merge
+from qat_lightning.plan import Call, Plan
+from qat_lightning.recipe import DynamicPTQ, Recipe, StaticPTQ
+from qat_lightning.report import LayerParity, LayerReport, Measurement, Report
+from qat_lightning.running import clone, first_of_batch, to_cpu_float
+from qat_lightning.schedule import IDLE
+from qat_lightning.targets import capture_calls
+
+PARITY_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The model before quantization.
+
+    Args:
+        targets: float copies of the modules to quantize, on the CPU in eval mode.
+        size_bytes: serialized size of the whole LightningModule.
+    """
+
+    targets: Mapping[str, nn.Module]
+    size_bytes: int
+
+
+def rehearse(name: str, module: nn.Module, plan: Plan, call: Call | None = None) -> None:
+    """Carry prepare and convert out on a copy, and run the result where a call is given.
+
+    Args:
+        name: of the module, for the message.
+        module: float, or prepared already.
+        plan: how it is quantized.
+        call: what the module was called with.
+
+    Raises:
+        QuantizationError: whatever would have gone wrong after training.
+    """
+    try:
+        rehearsed = clone(module).cpu()
+        if call is None:
+            rehearsed = _prepare_if_float(rehearsed, plan)
+            _convert(rehearsed, plan)
+            return
+        call = to_cpu_float(call)
+        rehearsed = _prepare_if_float(rehearsed, plan).eval()
+        if plan.observer is not None:
+            calibrate([rehearsed], [call], lambda one: one.run(rehearsed))
+        with torch.inference_mode():
+            call.run(_convert(rehearsed, plan))
+    except QuantizationError:
+        raise
+    except Exception as error:
+        other = "fx" if plan.flow == "eager" else "eager"
+        raise UnsupportedModelError(
+            f"flow={plan.flow!r} cannot run {name!r} in int8: at {line_of_error(error)}: {type(error).__name__}: {first_line(error)}. "
+            f"Use flow={other!r}, or keep the part in float with `overrides`."
+        ) from error
+
+
+def quantize_copy(
+    module: LightningModule,
+    plans: Mapping[str, Plan],
+    recipe: Recipe,
+    batches: Iterable[Any],
+    step: Callable[[Any], Any],
+    baseline: Baseline,
+) -> Report:
+    """Swap the targets of ``module`` for int8 ones, and report.
+
+    Args:
+        module: a copy of the trained module, on the CPU in eval mode; it becomes the int8 module.
+        plans: of its targets, prepared already in QAT.
+        recipe: what to do.
+        batches: for calibration, parity and latency.
+        step: runs one batch through ``module``.
+        baseline: the float model.
+
+    Raises:
+        CalibrationError: no data, or NaN in it.
+    """
+    prepared = {name: _prepare_if_float(module.get_submodule(name), plan) for name, plan in plans.items()}
+    for name, target in prepared.items():
+        module.set_submodule(name, target.eval())
+    if isinstance(recipe, StaticPTQ):
+        calibrate(prepared.values(), batches, step, recipe.calibration_batches, progress=True)
+    for name, target in prepared.items():
+        apply_phase(target, IDLE)
+        check_ranges(target, f"module {name!r}")
+    sample = list(islice(batches, PARITY_BATCHES))
+    calls = _captured(prepared, sample, step)
+    single = _captured(prepared, [first_of_batch(sample[0])] if sample else [], step)
+    int8 = {name: _convert(copy.deepcopy(target), plans[name]) for name, target in prepared.items()}
+    parity = None if isinstance(recipe, DynamicPTQ) else _parity(prepared, int8, plans, calls)
+    for name, target in int8.items():
+        module.set_submodule(name, target)
+    float_ms, int8_ms = _latency(baseline.targets, int8, single)
+    layers = tuple(_layers(int8, plans))
+    return Report(
+        recipe=recipe.name,
+        flow=recipe.flow,
+        backend=recipe.backend,
+        quantized_modules=len(layers),
+        float32=Measurement(size_bytes=baseline.size_bytes, latency_ms=float_ms),
+        int8=Measurement(size_bytes=serialized_bytes(module), latency_ms=int8_ms),
+        parity=parity,
+        layers=layers,
+        torch=torch.__version__,
+        cpu=cpu_name(),
+    )
+
+
+def _prepare_if_float(module: nn.Module, plan: Plan) -> nn.Module:
+    return module if plan.recipe == DynamicPTQ.name or plan_of(module) is not None else prepare_planned(module, plan)
+
+
+def _convert(module: nn.Module, plan: Plan) -> nn.Module:
+    return convert_planned(module.eval(), plan)
+
+
+def _captured(targets: Mapping[str, nn.Module], batches: Sequence[Any], step: Callable[[Any], Any]) -> dict[str, list[Call]]:
+    def run() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                step(batch)
+
+    return capture_calls(targets, run, limit=max(len(batches), 1))
+
+
+def _parity(
+    prepared: Mapping[str, nn.Module], int8: Mapping[str, nn.Module], plans: Mapping[str, Plan], calls: Mapping[str, list[Call]]
+) -> tuple[LayerParity, ...]:
+    found: list[LayerParity] = []
+    with torch.inference_mode():
+        for name, plan in plans.items():
+            layers = get_flow(plan.flow).parity(prepared[name], int8[name], calls[name])
+            found.extend(
+                LayerParity(layer=f"{name}.{entry.layer}", max_steps=entry.max_steps, differing=entry.differing) for entry in layers
+            )
+    return merge(found)
+
+
+def _layers(int8: Mapping[str, nn.Module], plans: Mapping[str, Plan]) -> Iterable[LayerReport]:
+    for name, target in int8.items():
+        for layer in get_flow(plans[name].flow).layers(target, plans[name]):
+            yield replace(layer, layer=f"{name}.{layer.layer}")
+
+
+def _latency(
+    floats: Mapping[str, nn.Module], int8: Mapping[str, nn.Module], calls: Mapping[str, list[Call]]
+) -> tuple[float | None, float | None]:
+    """Return the milliseconds that the targets take together, float and int8; None where there is nothing to run."""
+    called = [name for name in int8 if calls[name]]
+
+    def run(modules: Mapping[str, nn.Module]) -> Callable[[], None]:
+        def all_targets() -> None:
+            for name in called:
+                calls[name][0].run(modules[name])
+
+        return all_targets
+
+    if not called:
+        return None, None
+    if any(name not in floats for name in called):
+        return None, interleaved_medians([run(int8)])[0]
+    float_ms, int8_ms = interleaved_medians([run(floats), run(int8)])
+    return float_ms, int8_ms

@@ -1,0 +1,45 @@
+"""What the Trainer tells: whether it can train a quantized model, where the run ends and how far it has come."""
+
+import math
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.schedule import Horizon, Progress
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse a strategy or a precision under which a quantized model would come out wrong.
+
+    Raises:
+        ConfigurationError: names what was given and what to use instead.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise ConfigurationError(
+            f"{type(trainer.strategy).__name__} is not supported: each process would learn activation ranges from its own data, and "
+            f"sharded or spawned modules lose the fake-quant. Use Trainer(devices=1, strategy='auto')."
+        )
+    if trainer.precision not in PRECISIONS:
+        raise ConfigurationError(
+            f"precision={trainer.precision!r} is not supported: scales need float32 weights. Use one of {PRECISIONS}; "
+            f"under the mixed ones fake-quant is computed in float32."
+        )
+
+
+def horizon_of(trainer: Trainer) -> Horizon:
+    """Return where the run ends."""
+    batches = trainer.num_training_batches
+    return Horizon(
+        max_epochs=trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None,
+        max_steps=trainer.max_steps if trainer.max_steps > 0 else None,
+        batches_per_epoch=int(batches) if math.isfinite(batches) and batches > 0 else None,
+    )
+
+
+def progress_of(trainer: Trainer, batch_idx: int) -> Progress:
+    """Return how far the run has come before batch ``batch_idx`` of the current epoch."""
+    epoch, step = trainer.current_epoch, trainer.global_step
+    return Progress(epoch=epoch, step=step, fraction=horizon_of(trainer).fraction(epoch, batch_idx, step))

@@ -1,0 +1,123 @@
+"""Copies a LightningModule and runs batches through the copy as the Trainer would, without a Trainer loop around it."""
+
+import copy
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from qat_lightning.plan import Call
+from qat_lightning.targets import capture_calls
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def clone(module: ModuleT) -> ModuleT:
+    """Return a deep copy of ``module``; tensors that a forward pass left on it as attributes are copied without their graph."""
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        for leaf in pytree.tree_leaves({key: value for key, value in vars(child).items() if not key.startswith("_")}):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                memo[id(leaf)] = leaf.detach().clone()
+    copied = copy.deepcopy(module, memo)
+    if isinstance(copied, LightningModule):
+        copied._metric_attributes = None  # Lightning's cache of metrics by identity, which a copy changes
+    return copied
+
+
+@contextmanager
+def attached(module: LightningModule, trainer: Trainer) -> Iterator[None]:
+    """Give a copied module its trainer for the time of the block, with ``self.log`` switched off: no loop is there to log for."""
+    module.trainer = trainer
+    for name in ("log", "log_dict"):
+        vars(module)[name] = _ignore
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            vars(module).pop(name)
+        module.trainer = None
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Take the place of ``self.log``."""
+
+
+def to_device(module: LightningModule, batch: Any) -> Any:
+    """Return ``batch`` after the transfer hooks of the module and its datamodule, on the device of the module."""
+    return module._apply_batch_transfer_handler(batch, device=module.device, dataloader_idx=0)
+
+
+def evaluation_step(module: LightningModule, batch: Any) -> Any:
+    """Run a batch through ``module``: a bare tensor by ``predict_step``, anything else by the first step that the user wrote.
+
+    Args:
+        module: in eval mode.
+        batch: as a dataloader gives it, on the device of the module.
+    """
+    if isinstance(batch, Tensor):
+        return module.predict_step(batch)
+    for name in ("validation_step", "test_step", "predict_step"):
+        if is_overridden(name, module):
+            step = getattr(module, name)
+            needs_index = "dataloader_idx" in inspect.signature(step).parameters
+            return step(batch, 0, 0) if needs_index else step(batch, 0)
+    return module.predict_step(batch)
+
+
+def calibration_batches(trainer: Trainer) -> Iterable[Any]:
+    """Return training batches in evaluation transforms, where the datamodule has a ``calibration_dataloader``, or as they are trained on."""
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None and hasattr(datamodule, "calibration_dataloader"):
+        batches: Iterable[Any] = datamodule.calibration_dataloader()
+        return batches
+    return trainer.train_dataloader if trainer.train_dataloader is not None else ()
+
+
+def first_of_batch(batch: Any) -> Any:
+    """Return a batch of the first sample: every tensor whose first dimension is the batch size is cut."""
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    size = tensors[0].shape[0] if tensors else 0
+
+    def cut(leaf: Any) -> Any:
+        return leaf[:1] if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size else leaf
+
+    return pytree.tree_map(cut, batch)
+
+
+def to_cpu_float(call: Call) -> Call:
+    """Return the call on the CPU, half-precision tensors as float32: what int8 kernels take."""
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.cpu().float() if leaf.is_floating_point() else leaf.cpu()
+
+    args, kwargs = pytree.tree_map(move, (call.args, call.kwargs))
+    return Call(args, kwargs)
+
+
+def example_calls(module: LightningModule, targets: Mapping[str, nn.Module]) -> dict[str, Call]:
+    """Return how ``forward`` of the LightningModule calls each target, where it has an ``example_input_array``."""
+    example = module.example_input_array
+    if example is None:
+        return {}
+
+    def run() -> None:
+        modes = {child: child.training for child in module.modules()}
+        module.eval()
+        with torch.no_grad():
+            if isinstance(example, Mapping):
+                module(**example)
+            else:
+                module(*example) if isinstance(example, tuple) else module(example)
+        for child, mode in modes.items():
+            child.training = mode
+
+    return {name: calls[0] for name, calls in capture_calls(targets, run).items() if calls}
