@@ -1,0 +1,343 @@
+"""What ``train.py`` does: compose -> check -> build -> train, quantize and test -> report."""
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import get_original_cwd
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from qat_lightning.artifact import save_quantized
+from qat_lightning.callback import QuantizationCallback
+from qat_lightning.checkpoint import load_float_weights
+from qat_lightning.errors import ConfigurationError, QuantizationError
+from qat_lightning.files import write_atomically
+from qat_lightning.instantiation import build, check_targets, make_importable
+from qat_lightning.recipe import QAT, Recipe
+from qat_lightning.report import Report
+from qat_lightning.tracking import PhaseLogger, close, log_config, log_report
+
+QAT_LR_FACTOR = 0.1
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The ``quant`` group of the config.
+
+    Args:
+        recipe: the recipe.
+        modules: submodules to quantize; None: every child with layers to quantize.
+        float_epochs: QAT only: epochs of float training before.
+        lr: QAT only: learning rate of its epochs; None: a tenth of the model's own, where it has an attribute ``lr``.
+    """
+
+    recipe: Recipe
+    modules: list[str] | None
+    float_epochs: int
+    lr: float | None
+
+    def callback(self) -> QuantizationCallback:
+        """Return a new callback that carries the recipe out."""
+        return QuantizationCallback(self.recipe, modules=self.modules)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every step of a run needs.
+
+    Args:
+        config: the resolved config.
+        folder: what the run writes goes here.
+        model: the model, its weights loaded.
+        data: the data.
+        loggers: the loggers of the run.
+        quantization: None for float training.
+    """
+
+    config: dict[str, Any]
+    folder: Path
+    model: LightningModule
+    data: LightningDataModule
+    loggers: list[Logger]
+    quantization: Quantization | None
+
+    def trainer(self, phase: str, callbacks: Sequence[Callback] = (), **arguments: Any) -> Trainer:
+        """Return a new Trainer for one phase.
+
+        Args:
+            phase: goes before the names of metrics, and is the folder of its checkpoints.
+            callbacks: in addition to those of the config.
+            arguments: of the Trainer, in place of those of the config.
+        """
+        own = _build_callbacks(self.config["trainer"], phase)
+        if arguments.get("enable_checkpointing") is False:
+            own = [callback for callback in own if not isinstance(callback, Checkpoint)]
+        loggers = [PhaseLogger(logger, phase) for logger in self.loggers]
+        trainer = build(self.config["trainer"], "trainer", callbacks=[*own, *callbacks], logger=loggers, **arguments)
+        assert isinstance(trainer, Trainer)
+        return trainer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ends with.
+
+    Args:
+        accuracy: of the final model, a fraction of the test set; None if the model logs none.
+        report: what the quantization did; None for float training.
+    """
+
+    accuracy: float | None = None
+    report: Report | None = None
+
+
+def run(cfg: DictConfig) -> float | None:
+    """Train, quantize, test and report as a composed config says.
+
+    Args:
+        cfg: the config, composed by Hydra.
+
+    Returns:
+        Accuracy of the final model, int8 where there is a recipe, for a Hydra sweeper to maximise; None if the model logs none.
+
+    Raises:
+        QuantizationError: anything wrong with the config, before training where it can be known then.
+    """
+    _quieten_lightning()
+    make_importable(get_original_cwd())
+    config = resolve(cfg)
+    check_targets(config, config.get("allowed_targets") or ())
+    _seed(config.get("seed"))
+    this = _build_run(config, Path(HydraConfig.get().runtime.output_dir))
+    failed = True
+    try:
+        log_config(this.loggers, config)
+        outcome = _train(this) if this.quantization is None else _quantize(this, this.quantization)
+        failed = False
+    finally:
+        close(this.loggers, failed)
+    # After the loggers' own last words, so that it is the last thing on the terminal.
+    if outcome.report is not None:
+        print(f"\n{outcome.report.to_markdown()}\nAll files of this run: {this.folder}")
+    return outcome.accuracy
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """Return a config as plain dicts and lists, every interpolation resolved.
+
+    Raises:
+        ConfigurationError: a value that is still missing, or an interpolation that leads nowhere.
+    """
+    try:
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigurationError(f"`{error.full_key}` has no value yet: give it one with {error.full_key}=VALUE.") from error
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(f"`{error.full_key}`: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """Turn an error about the user's input into its message and exit status 1; ``HYDRA_FULL_ERROR=1`` keeps the traceback."""
+    try:
+        yield
+    except (QuantizationError, MisconfigurationException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        raise SystemExit(f"{type(error).__name__}: {error}\nSet HYDRA_FULL_ERROR=1 to see where it was raised.") from error
+
+
+def _quieten_lightning() -> None:
+    # A run has several Trainers, and each would introduce itself.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # Lightning 2.6 meets a deprecation of PyTorch 2.15, which no user can act on.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+
+
+def _seed(seed: Any) -> None:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32):
+        raise ConfigurationError(f"Expected `seed` to be an integer from 0 to 2**32 - 1 or null, but got {seed!r}.")
+    seed_everything(seed, workers=True)
+
+
+def _build_run(config: dict[str, Any], folder: Path) -> Run:
+    """Build everything and check what can be checked before training."""
+    quantization = _build_quantization(config)
+    model = build(config["model"], "model")
+    _expect("model", model, LightningModule, "model=custom wraps an nn.Module into one")
+    data = build(config["data"], "data")
+    _expect("data", data, LightningDataModule, "it needs train, val and test loaders")
+    if quantization is not None and quantization.lr is not None and not hasattr(model, "lr"):
+        raise ConfigurationError(f"`quant.lr={quantization.lr}` needs a model with an attribute `lr`, which {type(model).__name__} lacks.")
+    if (path := config.get("ckpt_path")) is not None:
+        load_float_weights(model, path)
+    # Without loggers, so that a refused run leaves no trace in them.
+    this = Run(config, folder, model, data, [], quantization)
+    _refuse_parallel_multirun(this.trainer("float"))
+    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+    logger = config.get("logger")
+    return replace(this, loggers=[build(logger, "logger")] if logger else [])
+
+
+def _build_quantization(config: dict[str, Any]) -> Quantization | None:
+    quant = config.get("quant")
+    if quant is None:
+        return None
+    settings = {name: quant.get(name) for name in ("modules", "float_epochs", "lr")}
+    recipe = build({name: value for name, value in quant.items() if name not in settings}, "quant")
+    _expect("quant", recipe, Recipe, "use +quant=qat, +quant=ptq or +quant=dynamic")
+    epochs, lr = settings["float_epochs"] or 0, settings["lr"]
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+        raise ConfigurationError(f"Expected `quant.float_epochs` to be an integer of at least 0, but got {epochs!r}.")
+    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float) or lr <= 0):
+        raise ConfigurationError(f"Expected `quant.lr` to be a positive number or null, but got {lr!r}.")
+    if isinstance(recipe, QAT) and config["trainer"].get("max_epochs") == 0:
+        raise ConfigurationError(
+            "`trainer.max_epochs=0` leaves no epoch for quantization-aware training. To quantize without training: "
+            "+quant=ptq trainer.max_epochs=0. To skip the float training before QAT: quant.float_epochs=0."
+        )
+    quantization = Quantization(recipe, settings["modules"], epochs, lr)
+    try:
+        quantization.callback()
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"`quant`: {error}") from error
+    return quantization
+
+
+def _expect(key: str, value: object, kind: type, hint: str) -> None:
+    if not isinstance(value, kind):
+        raise ConfigurationError(f"Expected `{key}` to be a {kind.__name__}, but got a {type(value).__name__}; {hint}.")
+
+
+def _refuse_parallel_multirun(trainer: Trainer) -> None:
+    # Lightning starts its other processes with this command line, so that each of them would run the whole sweep.
+    processes = trainer.num_devices * trainer.num_nodes
+    if HydraConfig.get().mode == RunMode.MULTIRUN and processes > 1:
+        raise ConfigurationError(
+            f"A Hydra multirun trains with one process per run, but this Trainer uses {processes}: "
+            "set trainer.devices=1, or start the runs one by one."
+        )
+
+
+def _build_callbacks(trainer: dict[str, Any], phase: str) -> list[Callback]:
+    callbacks = [build(config, f"trainer.callbacks[{index}]") for index, config in enumerate(trainer.get("callbacks") or ())]
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+            callback.dirpath = os.path.join(callback.dirpath, phase)
+    return callbacks
+
+
+def _train(this: Run) -> Outcome:
+    """Train and test in float."""
+    trainer = this.trainer("float")
+    trainer.fit(this.model, datamodule=this.data)
+    return Outcome(_test(this, trainer, this.model, verbose=True))
+
+
+def _quantize(this: Run, quantization: Quantization) -> Outcome:
+    """Carry out a recipe and report what became of the model."""
+    callback = quantization.callback()
+    if isinstance(quantization.recipe, QAT):
+        accuracies = _train_quantization_aware(this, quantization, callback)
+    else:
+        accuracies = _train_and_quantize(this, callback)
+    if not _is_first_process():
+        return Outcome()
+    return _finish(this, callback, accuracies)
+
+
+def _train_quantization_aware(this: Run, quantization: Quantization, callback: QuantizationCallback) -> dict[str, float | None]:
+    _rehearse(this, quantization.callback())
+    epochs = quantization.float_epochs if this.config.get("ckpt_path") is None else 0
+    trainer = this.trainer("float", max_epochs=epochs)
+    if epochs:
+        trainer.fit(this.model, datamodule=this.data)
+    accuracies = {"float32": _test(this, trainer, this.model)}
+    _set_learning_rate(this.model, quantization.lr)
+    trainer = this.trainer("qat", [callback])
+    trainer.fit(this.model, datamodule=this.data)
+    return {**accuracies, "fake_quant": _test(this, trainer, this.model)}
+
+
+def _set_learning_rate(model: LightningModule, lr: float | None) -> None:
+    """Set ``model.lr``, by default to a tenth: once BatchNorm is frozen, nothing normalises what a high rate makes of the weights."""
+    own = getattr(model, "lr", None)
+    if lr is not None:
+        model.lr = lr  # type: ignore[assignment]
+    elif isinstance(own, float):
+        model.lr = QAT_LR_FACTOR * own  # type: ignore[assignment]
+
+
+def _rehearse(this: Run, callback: QuantizationCallback) -> None:
+    """Set QAT up on a copy: what it refuses is better known before the float training than after."""
+    model = copy.deepcopy(this.model)
+    callback.setup(this.trainer("qat", [callback]), model, "fit")
+    model.configure_model()
+
+
+def _train_and_quantize(this: Run, callback: QuantizationCallback) -> dict[str, float | None]:
+    trainer = this.trainer("float", [callback])
+    trainer.fit(this.model, datamodule=this.data)
+    return {"float32": _test(this, trainer, this.model)}
+
+
+def _finish(this: Run, callback: QuantizationCallback, accuracies: dict[str, float | None]) -> Outcome:
+    """Save the int8 model, test it, and write the report."""
+    # Saved first: nothing that fails from here on costs the model.
+    save_quantized(callback.quantized_module, this.folder / "int8")
+    accuracies["int8"] = _test(this, _cpu_trainer(this), callback.quantized_module)
+    report = callback.report.named(model=_name(this, "model"), data=_name(this, "data"))
+    for column, accuracy in accuracies.items():
+        if accuracy is not None:
+            report = report.with_accuracy(column, accuracy)  # type: ignore[arg-type]
+    report.save(this.folder)
+    log_report(this.loggers, report, this.folder / "int8")
+    return Outcome(accuracies["int8"], report)
+
+
+def _cpu_trainer(this: Run) -> Trainer:
+    """Return a Trainer that runs int8 models, whose kernels are the processor's."""
+    cpu: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true", "plugins": None}
+    return this.trainer("int8", enable_checkpointing=False, deterministic=False, **cpu)
+
+
+def _test(this: Run, trainer: Trainer, model: LightningModule, verbose: bool = False) -> float | None:
+    """Return the accuracy on the test set, None if the model logs none."""
+    (metrics, *_) = trainer.test(model, datamodule=this.data, verbose=verbose)
+    name = this.config.get("metric", "test/acc")
+    if name not in metrics:
+        # No error: it would cost the user a trained model.
+        warnings.warn(f"The model logs no {name!r} in its test steps, only {sorted(metrics)}: choose one with metric=NAME.", stacklevel=2)
+        return None
+    return float(metrics[name])
+
+
+def _is_first_process() -> bool:
+    """Leave the process group, if there is one, and tell whether this process goes on alone."""
+    if not torch.distributed.is_initialized():
+        return True
+    rank = torch.distributed.get_rank()
+    # Metrics synchronise for as long as there is a group, and the int8 model is tested by one process.
+    torch.distributed.destroy_process_group()
+    return rank == 0
+
+
+def _name(this: Run, group: str) -> str:
+    """Return what was chosen for a group, or the class where the config was not chosen by name."""
+    return str(HydraConfig.get().runtime.choices.get(group) or type(getattr(this, group)).__name__)

@@ -1,0 +1,198 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import OmegaConf
+
+from qat_lightning.app import run
+from qat_lightning.errors import ConfigurationError, QuantizationError
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["debug=fast", "trainer.accelerator=cpu"]
+CONTRACT = {"recipe", "flow", "backend", "model", "data", "torch", "cpu", "quantized_modules", "float", "int8", "parity"}
+
+
+def run_app(folder, *overrides):
+    """Run what ``python train.py OVERRIDES hydra.run.dir=FOLDER`` runs, in this process."""
+    folder.mkdir(exist_ok=True)
+    hydra = [f"hydra.runtime.output_dir={folder}", f"hydra.runtime.cwd={folder}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        # A sweep's own mode would win over a default, not over an override.
+        mode = [] if any(override.startswith("hydra.mode=") for override in overrides) else ["hydra.mode=RUN"]
+        cfg = compose("config", [*QUICK, *overrides, *mode, *hydra], return_hydra_config=True)
+    HydraConfig.instance().cfg = None
+    HydraConfig.instance().set_config(cfg)
+    return run(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
+
+
+def train(folder, *overrides, **environment):
+    """Run ``python train.py`` as a user does, from another folder."""
+    command = [sys.executable, str(ROOT / "train.py"), "debug=fast", "trainer.accelerator=cpu", f"hydra.run.dir={folder}/run", *overrides]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def read_report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def logged_names(folder):
+    with (folder / "csv" / "metrics.csv").open() as file:
+        return set(next(csv.reader(file)))
+
+
+@pytest.fixture(scope="module")
+def float_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("float")
+    return folder, run_app(folder, "trainer.max_epochs=1")
+
+
+def test_float_training_writes_checkpoints_and_no_report(float_run):
+    folder, accuracy = float_run
+    assert 0 <= accuracy <= 1
+    assert (folder / "checkpoints" / "float" / "last.ckpt").is_file()
+    assert not (folder / "report.json").exists()
+    assert {"float/train/loss", "float/val/acc", "float/test/acc"} <= logged_names(folder)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "recipe", "flow", "backend"),
+    [
+        (["+quant=qat", "quant.float_epochs=1", "quant.lr=0.001"], "qat", "fx", "x86"),
+        (["+quant=qat", "quant.float_epochs=0", "quant.flow=eager", "quant/backend=qnnpack"], "qat", "eager", "qnnpack"),
+        (["+quant=ptq", "trainer.max_epochs=1", "quant.calibration_batches=2"], "ptq", "fx", "x86"),
+        (["+quant=ptq", "trainer.max_epochs=0", "quant.calibration_batches=2", "quant/backend=onednn"], "ptq", "fx", "onednn"),
+        (["+quant=dynamic", "trainer.max_epochs=0", "model=lstm"], "dynamic", "eager", "x86"),
+    ],
+)
+def test_recipes_from_the_command_line(overrides, recipe, flow, backend, tmp_path):
+    accuracy = run_app(tmp_path, *overrides)
+    report = read_report(tmp_path)
+    assert report.keys() >= CONTRACT
+    assert (report["recipe"], report["flow"], report["backend"]) == (recipe, flow, backend)
+    assert (report["model"], report["data"]) == ("lstm" if recipe == "dynamic" else "resnet20", "digits")
+    assert report["quantized_modules"] > 0
+    assert ("fake_quant" in report) == (recipe == "qat")
+    assert report["int8"]["accuracy"] == accuracy
+    assert report["int8"]["size_bytes"] < report["float"]["size_bytes"]
+    for name in ("report.md", "config.yaml", "int8/manifest.json"):
+        assert (tmp_path / name).is_file()
+
+
+def test_phases_of_qat_stay_apart(tmp_path):
+    run_app(tmp_path, "+quant=qat", "quant.float_epochs=1")
+    expected = {"float/train/loss", "float/test/acc", "qat/train/loss", "qat/val/acc", "qat/test/acc", "int8/test/acc", "int8/acc"}
+    assert expected <= logged_names(tmp_path)
+    assert {path.parent.name for path in tmp_path.glob("checkpoints/*/last.ckpt")} == {"float", "qat"}
+    config = OmegaConf.load(tmp_path / "config.yaml")
+    assert config.quant.float_epochs == 1
+
+
+@pytest.mark.parametrize("part", ["checkpoint", "network"])
+def test_float_weights_from_a_file_need_no_training(part, float_run, tmp_path):
+    folder, accuracy = float_run
+    path = folder / "checkpoints" / "float" / "last.ckpt"
+    if part == "network":
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        path = tmp_path / "net.pt"
+        torch.save({name.removeprefix("net."): value for name, value in weights.items() if name.startswith("net.")}, path)
+    run_app(tmp_path, "+quant=qat", f"ckpt_path={path}")
+    assert read_report(tmp_path)["float"]["accuracy"] == accuracy
+    assert not (tmp_path / "checkpoints" / "float").exists()
+
+
+def test_unknown_metric_costs_the_accuracy_not_the_model(tmp_path):
+    with pytest.warns(UserWarning, match=r"logs no 'test/f1'.*metric=NAME"):
+        assert run_app(tmp_path, "+quant=ptq", "trainer.max_epochs=0", "metric=test/f1") is None
+    assert read_report(tmp_path)["int8"]["accuracy"] is None
+    assert (tmp_path / "int8" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+quant=qat", "quant.flow=jit"], r"`quant`.*`flow`.*'jit'"),
+        (["+quant=qat", "quant.backend=tpu"], r"`quant`.*`backend`.*'tpu'"),
+        (["+quant=qat", "quant.freeze_bn.epoch=1"], r"`quant`.*exactly one of"),
+        (["+quant=qat", "quant.freeze_bn.fraction=2"], r"`fraction`.*\[0, 1\)"),
+        (["+quant=qat", "quant.fuse=[[a,b]]"], "only with flow='eager'"),
+        (["+quant=qat", "+quant.epochs=3"], r"`quant`.*epochs"),
+        (["+quant=qat", "quant.float_epochs=-1"], r"`quant\.float_epochs`.*-1"),
+        (["+quant=qat", "quant.float_epochs=2.5"], r"`quant\.float_epochs`.*2\.5"),
+        (["seed=dice"], "`seed`.*'dice'"),
+        (["+quant=qat", "quant.modules=[nett]"], "nett"),
+        (["+quant=qat", "quant.freeze_bn.fraction=null", "quant.freeze_bn.epoch=30"], "freeze_bn"),
+        (["+quant=qat", "quant.modules=net"], r"`quant`.*`modules`"),
+        (["+quant=qat", "quant.modules=[]"], r"`quant`.*`modules`"),
+        (["+quant=qat", "quant.lr=0"], r"`quant\.lr`.*positive"),
+        (["+quant=qat", "quant.lr=fast"], r"`quant\.lr`.*positive"),
+        (["+quant=qat", "trainer.max_epochs=0"], r"\+quant=ptq trainer\.max_epochs=0"),
+        (["+quant=ptq", "quant.observer=mode"], r"`observer`.*'mode'"),
+        (["+quant=ptq", "quant.calibration_batches=0"], r"`calibration_batches`.*at least 1"),
+        (["+quant._target_=torch.nn.ReLU"], "to be a Recipe"),
+        (["+quant=ptq", "quant._target_=qat_lightning.QAT"], "calibration_batches"),
+        (["ckpt_path=none.ckpt"], "is not a file"),
+        (["model._target_=os.system"], r"os\.system.*allowed_targets=\[os\]"),
+        (["model._target_=torch.nn.NoSuchLayer"], "cannot be imported"),
+        (["+model.bogus=1"], r"`model`.*bogus"),
+        (["data._target_=torch.nn.Flatten"], "data"),
+        (["model={_target_:torch.nn.Flatten}"], "model"),
+        (["logger={_target_:os.system}"], r"`logger\._target_=os\.system`"),
+        (["+trainer.bogus=1"], r"`trainer`.*bogus"),
+        (["trainer.max_epochs=-3"], r"`trainer`.*max_epochs"),
+        (["trainer.accelerator=abacus"], r"`trainer`.*abacus"),
+        (["trainer.precision=3"], r"`trainer`.*3"),
+        (["+trainer.callbacks.2._target_=os.system"], "callbacks"),
+        (["allowed_targets=my_package"], "allowed_targets"),
+        (["data=imagefolder"], r"`data\.root` has no value"),
+        (["seed=${nowhere}"], "nowhere"),
+        (["hydra.mode=MULTIRUN", "trainer.devices=2"], "one process per run"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_named_before_training(overrides, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.Trainer.fit", lambda *_, **__: pytest.fail("training started"))
+    with pytest.raises((QuantizationError, HydraException), match=f"(?s){message}"):
+        run_app(tmp_path, *overrides)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    "override", ["quant=qat", "+quant=qta", "quant/backend=x86", "model=resnet21", "trainer.max_epoch=3", "sed=1", "quant.flow=fx"]
+)
+def test_hydra_names_typos(override, tmp_path):
+    with pytest.raises((ConfigCompositionException, HydraException)):
+        run_app(tmp_path, override)
+
+
+def test_weights_of_another_shape(float_run, tmp_path):
+    weights = torch.load(float_run[0] / "checkpoints" / "float" / "last.ckpt", weights_only=True)["state_dict"]
+    torch.save(
+        {name: value.repeat(2, *[1] * (value.dim() - 1)) if value.dim() else value for name, value in weights.items()}, tmp_path / "w"
+    )
+    with pytest.raises(ConfigurationError, match="other shapes"):
+        run_app(tmp_path / "run", f"ckpt_path={tmp_path}/w")
+
+
+def test_command_line_with_a_module_of_the_current_folder(tmp_path):
+    (tmp_path / "own.py").write_text("from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))\n")
+    own = ["model.net={_target_: own.net}", "trainer.max_epochs=0"]
+    refused = train(tmp_path, *own)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("ConfigurationError: `model.net._target_=own.net`")
+    assert "'allowed_targets=[own]'" in refused.stderr and "Traceback" not in refused.stderr
+    assert "Traceback" in train(tmp_path, *own, HYDRA_FULL_ERROR="1").stderr
+
+
+def test_command_line_end_to_end(tmp_path):
+    finished = train(tmp_path, "+quant=ptq", "trainer.max_epochs=0", "logger=wandb", WANDB_MODE="offline")
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "run" / "report.md").read_text() in finished.stdout
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
