@@ -124,7 +124,7 @@ class QuantizationCallback(Callback):
             raise ConfigurationError(
                 f"{type(pl_module).__name__} was prepared for QAT, but this callback has recipe {self._recipe.name!r}: use a fresh module."
             )
-        if stage == "fit" and isinstance(self._recipe, QAT) and not trainer.fast_dev_run:
+        if stage == "fit" and isinstance(self._recipe, QAT) and not getattr(trainer, "fast_dev_run", False):
             check_reachable(self._recipe, horizon_of(trainer))
         if is_overridden("configure_model", pl_module):
             self._prepare_after_configure_model(pl_module, stage)

@@ -147,7 +147,7 @@ def require_layers(plans: dict[str, Plan]) -> None:
         return
     kinds = "Linear, LSTM or GRU" if any(plan.recipe == DynamicPTQ.name for plan in plans.values()) else "Conv1d, Conv2d, Conv3d or Linear"
     raise ConfigurationError(
-        f"Nothing to quantize: {sorted(plans) if any(plans) else 'the module'} holds no {kinds} layer that `overrides` does not keep in float. "
+        f"Nothing to quantize: {sorted(plans) if any(plans) else 'the module'} holds no {kinds} layer, or `overrides` keeps all in float. "
         f"Name modules that do with `modules`, or remove the overrides."
     )
 

@@ -12,8 +12,9 @@ MESSAGES = (
     "must run observer before calling",
     "QConfig must specify a FixedQParams",
     "Please use quant_min and quant_max",
-    # Said by torch.ao's own code when it converts recurrent layers.
+    # Said of recurrent layers by the code of torch.ao, and of every dynamic layer by that of qnnpack.
     "To copy construct from a tensor, it is recommended",
+    "Currently, qnnpack incorrectly ignores reduce_range",
 )
 
 

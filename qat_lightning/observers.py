@@ -1,6 +1,7 @@
 """Switches of fake-quant, observers and BatchNorm statistics, by duck typing: torch.ao's and torchao's modules alike."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +34,16 @@ def switch_observers_off(module: nn.Module) -> None:
 def freeze_bn(module: nn.Module, frozen: bool) -> None:
     """Let BatchNorm, fused into a convolution or not, use its running statistics and stop updating them, or learn them again."""
     fused: set[int] = set()
-    for child in module.modules():
-        if hasattr(child, "freeze_bn_stats") and hasattr(child, "bn"):
-            child.freeze_bn_stats() if frozen else child.update_bn_stats()
-            fused.add(id(child.bn))
+    layers: list[Any] = [child for child in module.modules() if hasattr(child, "freeze_bn_stats") and hasattr(child, "bn")]
+    for layer in layers:
+        layer.freeze_bn_stats() if frozen else layer.update_bn_stats()
+        fused.add(id(layer.bn))
     for child in module.modules():
         if isinstance(child, _BatchNorm) and id(child) not in fused:
             child.train(not frozen)
 
 
-def fake_quants(module: nn.Module) -> Iterator[nn.Module]:
+def fake_quants(module: nn.Module) -> Iterator[Any]:
     """Yield the fake-quant modules."""
     for child in module.modules():
         if hasattr(child, "enable_fake_quant") and hasattr(child, "enable_observer"):
@@ -79,7 +80,7 @@ def check_ranges(module: nn.Module, name: str) -> None:
             broken.append(path)
     if broken:
         raise CalibrationError(
-            f"{name}: the observer {broken[0]!r} has seen NaN or infinite activations ({len(broken)} observers in all), so it has no range. "
+            f"{name}: the observer {broken[0]!r} has seen NaN or infinite activations ({len(broken)} such observers). "
             f"Check the data and the float model: run the model in float on the same batches and look for NaN."
         )
     if empty:

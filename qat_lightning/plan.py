@@ -144,7 +144,7 @@ def _plan_layer(layer: nn.Module, recipe: Recipe, override: LayerOverride) -> La
     per_channel = recipe.per_channel if override.per_channel is None else override.per_channel
     bits = recipe.activation_bits if override.activation_bits is None else override.activation_bits
     if override.engine is not None:
-        return LayerPlan(Kernel(override.engine, 8 if bits == "auto" else cast(int, bits)), per_channel)
+        return LayerPlan(Kernel(override.engine, 8 if bits == "auto" else bits), per_channel)
     if isinstance(recipe, DynamicPTQ):
         # The dynamic kernels choose the range of their inputs themselves: 7 bits, but for qnnpack.
         return LayerPlan(Kernel(recipe.backend, 8 if recipe.backend == "qnnpack" else 7), per_channel and type(layer) not in RECURRENT)

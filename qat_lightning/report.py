@@ -121,7 +121,8 @@ class Report:
     def with_accuracy(self, column: Column, accuracy: float) -> Report:
         """Return a copy whose column has this accuracy, a fraction of the test set."""
         measurement = getattr(self, column) or Measurement()
-        return replace(self, **{column: replace(measurement, accuracy=accuracy)})
+        changed: dict[str, Any] = {column: replace(measurement, accuracy=accuracy)}
+        return replace(self, **changed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``report.json`` holds."""
@@ -159,7 +160,7 @@ class Report:
         figures["parity/max_steps"] = self.max_steps
         return {name: float(figure) for name, figure in figures.items() if figure is not None}
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
+    def rows(self) -> list[tuple[str, ...]]:
         """Return the table: a figure's name, then float, fake-quant and int8 as text."""
         columns = (self.float32, self.fake_quant or Measurement(), self.int8)
         return [

@@ -72,7 +72,7 @@ def evaluation_step(module: LightningModule, batch: Any) -> Any:
 
 
 def calibration_batches(trainer: Trainer) -> Iterable[Any]:
-    """Return training batches in evaluation transforms, where the datamodule has a ``calibration_dataloader``, or as they are trained on."""
+    """Return training batches, in evaluation transforms where the datamodule has a ``calibration_dataloader``."""
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is not None and hasattr(datamodule, "calibration_dataloader"):
         batches: Iterable[Any] = datamodule.calibration_dataloader()

@@ -104,12 +104,12 @@ def _is_target(child: nn.Module, recipe: Recipe) -> bool:
 
 
 def _named(root: nn.Module, name: str, recipe: Recipe) -> nn.Module:
-    modules = dict(root.named_modules())
+    modules: dict[str, nn.Module] = dict(root.named_modules())
     if not isinstance(name, str) or name not in modules or not name:
         names = [known for known in modules if known]
         close = difflib.get_close_matches(str(name), names, n=3) or [known for known, _ in root.named_children()]
         raise ConfigurationError(f"`modules` names {name!r}, which {type(root).__name__} does not have. Names are e.g. {close}.")
-    child = modules[name]
+    child: nn.Module = modules[name]
     if isinstance(child, _LISTS):
         inside = [f"{name}.{key}" for key, _ in child.named_children()]
         raise ConfigurationError(
@@ -117,7 +117,8 @@ def _named(root: nn.Module, name: str, recipe: Recipe) -> nn.Module:
         )
     if not _is_target(child, recipe):
         raise ConfigurationError(
-            f"Nothing to quantize: `modules` names {name!r} ({type(child).__name__}), which holds no layer that recipe {recipe.name!r} quantizes."
+            f"Nothing to quantize: `modules` names {name!r} ({type(child).__name__}), "
+            f"which holds no layer that recipe {recipe.name!r} quantizes."
         )
     return child
 

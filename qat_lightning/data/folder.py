@@ -63,10 +63,11 @@ class ImageFolderData(SplitData):
         evaluation, training = self._evaluation(), self._training()
         evaluated = self._folder("train", evaluation)
         augmented = self._folder("train", training)
-        self.test_set = self._folder("test", evaluation)
+        test = self._folder("test", evaluation)
         self._check_classes(evaluated.classes, str(self.root / "train"))
-        if self.test_set.classes != evaluated.classes:
-            raise ConfigurationError(f"{self.root}: train has the classes {evaluated.classes}, but test has {self.test_set.classes}.")
+        if test.classes != evaluated.classes:
+            raise ConfigurationError(f"{self.root}: train has the classes {evaluated.classes}, but test has {test.classes}.")
+        self.test_set = test
         if (self.root / "val").is_dir():
             self.train_set, self.calibration_set, self.val_set = augmented, evaluated, self._folder("val", evaluation)
             return

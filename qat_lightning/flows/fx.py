@@ -50,7 +50,7 @@ FLOAT_TYPES: tuple[Any, ...] = (
     F.conv_transpose3d,
     F.embedding,
 )
-DROPOUTS = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d, F.alpha_dropout: nn.AlphaDropout}
+DROPOUTS: dict[Any, type[nn.Module]] = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d, F.alpha_dropout: nn.AlphaDropout}
 KERNEL_OPS = ("conv1d", "conv2d", "conv3d", "linear")
 
 
@@ -74,7 +74,8 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
 
 def convert(prepared: nn.Module, plan: Plan) -> nn.Module:
     """Return the int8 graph; see :class:`qat_lightning.flows.base.Flow`."""
-    surface = prepared._surface
+    assert isinstance(prepared, fx.GraphModule)
+    surface = _Surface.found_on(prepared)
     with quiet(), engine(plan.backend):
         int8 = convert_fx(prepared.eval())
     pack(int8, plan)
@@ -117,7 +118,7 @@ def parity(prepared: nn.Module, int8: nn.Module, calls: Sequence[Call]) -> list[
     assert isinstance(prepared, fx.GraphModule) and isinstance(int8, fx.GraphModule)
     found: list[LayerParity] = []
     for call in calls:
-        inputs = prepared._surface.positional(call.args, call.kwargs)
+        inputs = _Surface.found_on(prepared).positional(call.args, call.kwargs)
         recorder = _Recorder(prepared)
         recorder.run(*inputs)
         follower = _Follower(int8, recorder.references)
@@ -129,7 +130,7 @@ def parity(prepared: nn.Module, int8: nn.Module, calls: Sequence[Call]) -> list[
 # --- tracing -----------------------------------------------------------------------------------------------------------------
 
 
-class _Tracer(QuantizationTracer):  # type: ignore[misc]
+class _Tracer(QuantizationTracer):
     """Torch's tracer of quantization that remembers in which submodule a trace failed."""
 
     failed_module = ""
@@ -189,10 +190,11 @@ def _specialise(module: nn.Module, plan: Plan) -> nn.Module:
 
 def _modularise_dropout(module: fx.GraphModule, node: fx.Node) -> None:
     """Turn functional dropout into a module: the trace has fixed ``training=self.training`` for good."""
+    assert callable(node.target)
     bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     name = f"{node.name}_module"
-    module.add_submodule(name, DROPOUTS[node.target](bound.arguments["p"]).train(module.training))
+    module.add_submodule(name, DROPOUTS[node.target](p=bound.arguments["p"]).train(module.training))
     with module.graph.inserting_after(node):
         replacement = module.graph.call_module(name, (bound.arguments["input"],))
     node.replace_all_uses_with(replacement)
@@ -278,10 +280,16 @@ class _Surface:
         attributes = {name: value for name, value in vars(module).items() if name not in own and not name.startswith("_")}
         return _Surface(attributes, inspect.signature(module.forward), plan.constants)
 
+    @staticmethod
+    def found_on(module: nn.Module) -> "_Surface":
+        surface = vars(module)["_surface"]
+        assert isinstance(surface, _Surface)
+        return surface
+
     def attach(self, module: fx.GraphModule) -> None:
         for name, value in self.attributes.items():
             setattr(module, name, value)
-        module._surface = self
+        vars(module)["_surface"] = self
         if self.constants:
             module.register_forward_pre_hook(self, with_kwargs=True)
         # A copy of a GraphModule starts without its attributes and forward hooks.

@@ -1,7 +1,7 @@
 """What the eager and fx flows share of ``torch.ao.quantization``: fake-quant modules, qconfigs and the packing of int8 weights."""
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.ao.quantization import (
 
 from qat_lightning.affine import SMALLEST_SCALE
 from qat_lightning.backend import engine
+from qat_lightning.deprecation import quiet
 from qat_lightning.plan import LayerPlan, Plan
 from qat_lightning.report import LayerReport
 
@@ -33,8 +34,8 @@ WEIGHT_RANGE = {"quant_min": -128, "quant_max": 127}
 KERNEL_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 
-class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
-    """Fake-quant of activations during training: torch's fused observer and fake-quant, computed in float32 whatever the precision of the training.
+class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
+    """Fake-quant of activations during training: torch's fused module, computed in float32 whatever the precision.
 
     The qparams in use are those the forward pass rounded with. Torch computes them a second time for the conversion, by a formula
     that differs in the last bit, enough to move a value by a step.
@@ -44,16 +45,16 @@ class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
         """Return ``x`` rounded to the grid, in the dtype of ``x``; integers pass through."""
         if not x.is_floating_point():
             return x
-        return cast(Tensor, super().forward(x.float())).to(x.dtype)
+        return super().forward(x.float()).to(x.dtype)
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return scale and zero point."""
         if self.fake_quant_enabled[0]:
             return self.scale, self.zero_point
-        return cast(tuple[Tensor, Tensor], super().calculate_qparams())
+        return super().calculate_qparams()
 
 
-class WeightFakeQuantize(FakeQuantize):  # type: ignore[misc]
+class WeightFakeQuantize(FakeQuantize):
     """Symmetric fake-quant of weights: the scale puts the largest magnitude, of a channel or of the tensor, on 127.
 
     Torch's fused module follows weights by a moving average, which lags behind, and gives a channel whose weights all have one sign
@@ -78,7 +79,7 @@ class WeightFakeQuantize(FakeQuantize):  # type: ignore[misc]
         self.scale = (largest / WEIGHT_RANGE["quant_max"]).clamp(min=SMALLEST_SCALE)
         self.zero_point = torch.zeros_like(self.scale, dtype=torch.int32)
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return scale and zero point."""
         return self.scale, self.zero_point
 
@@ -86,7 +87,7 @@ class WeightFakeQuantize(FakeQuantize):  # type: ignore[misc]
         return WEIGHT_RANGE["quant_min"], WEIGHT_RANGE["quant_max"]
 
 
-class CalibratedFakeQuantize(FakeQuantize):  # type: ignore[misc]
+class CalibratedFakeQuantize(FakeQuantize):
     """Fake-quant of activations whose range is computed once, by ``freeze_range``, after the observer has seen all calibration data.
 
     Torch's own searches the best range anew in every forward pass, which takes most of the time with a histogram.
@@ -114,28 +115,37 @@ class CalibratedFakeQuantize(FakeQuantize):  # type: ignore[misc]
         self.zero_point = zero_point.to(torch.int32).reshape(-1)
         self.range_frozen = True
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return scale and zero point."""
         if not self.range_frozen:
             self.freeze_range()
         return self.scale, self.zero_point
 
 
+def _constructor(fake_quant: Any, **settings: Any) -> Any:
+    return fake_quant.with_args(**settings)
+
+
 def activation_fake_quant(plan: Plan) -> Any:
     """Return the constructor of the fake-quant of activations, uint8 with full range."""
     settings = {"quant_min": 0, "quant_max": 255, "dtype": torch.quint8, "qscheme": torch.per_tensor_affine}
     if plan.observer is None:
-        return TrainingFakeQuantize.with_args(observer=MovingAverageMinMaxObserver, **settings)
-    return CalibratedFakeQuantize.with_args(observer=ACTIVATION_OBSERVERS[plan.observer], **settings)
+        return _constructor(TrainingFakeQuantize, observer=MovingAverageMinMaxObserver, **settings)
+    return _constructor(CalibratedFakeQuantize, observer=ACTIVATION_OBSERVERS[plan.observer], **settings)
 
 
 def weight_fake_quant(per_channel: bool) -> Any:
     """Return the constructor of the fake-quant of weights, int8 and symmetric."""
     if per_channel:
-        return WeightFakeQuantize.with_args(
-            observer=PerChannelMinMaxObserver, dtype=torch.qint8, qscheme=torch.per_channel_symmetric, ch_axis=0, **WEIGHT_RANGE
+        return _constructor(
+            WeightFakeQuantize,
+            observer=PerChannelMinMaxObserver,
+            dtype=torch.qint8,
+            qscheme=torch.per_channel_symmetric,
+            ch_axis=0,
+            **WEIGHT_RANGE,
         )
-    return WeightFakeQuantize.with_args(observer=MinMaxObserver, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, **WEIGHT_RANGE)
+    return _constructor(WeightFakeQuantize, observer=MinMaxObserver, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, **WEIGHT_RANGE)
 
 
 def static_qconfig(plan: Plan, per_channel: bool = True) -> QConfig:
@@ -158,9 +168,9 @@ def fake_quants(module: nn.Module) -> Iterator[tuple[str, FakeQuantizeBase]]:
 def initialize(prepared: nn.Module) -> None:
     """Give every weight its scale, so that no buffer grows later, and switch everything off."""
     for layer in prepared.modules():
-        fake_quant = getattr(layer, "weight_fake_quant", None)
-        if isinstance(fake_quant, WeightFakeQuantize):
-            fake_quant.measure(layer.weight.detach())
+        fake_quant, weight = getattr(layer, "weight_fake_quant", None), getattr(layer, "weight", None)
+        if isinstance(fake_quant, WeightFakeQuantize) and isinstance(weight, Tensor):
+            fake_quant.measure(weight.detach())
     for _, fake_quant in fake_quants(prepared):
         fake_quant.disable_observer()
         fake_quant.disable_fake_quant()
@@ -174,14 +184,16 @@ def planned_layer(plan: Plan, name: str) -> LayerPlan | None:
 def pack(int8: nn.Module, plan: Plan) -> None:
     """Pack the weights of each layer with the engine that its plan names; see :class:`qat_lightning.flows.base.Flow`."""
     for name, layer in kernel_modules(int8):
-        if not hasattr(layer, "set_weight_bias"):
-            continue  # recurrent layers keep the engine of the backend
         planned = planned_layer(plan, name)
-        with engine(planned.kernel.engine if planned else plan.backend):
-            layer.set_weight_bias(*layer._weight_bias())
+        with quiet(), engine(planned.kernel.engine if planned else plan.backend):
+            weights = layer._weight_bias()
+            if isinstance(weights, dict):  # recurrent layers give two mappings and take one
+                layer.set_weight_bias({**weights["weight"], **weights["bias"]})
+            else:
+                layer.set_weight_bias(*weights)
 
 
-def kernel_modules(int8: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def kernel_modules(int8: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the modules that hold packed int8 weights."""
     for name, child in int8.named_modules():
         if type(child).__module__.startswith(KERNEL_PACKAGES) and _has_int8_weight(child):

@@ -30,7 +30,8 @@ class BertNet(nn.Module):
         except ImportError as error:
             raise ConfigurationError('BertNet needs transformers: pip install "qat-lightning[text]".') from error
         if path is None:
-            self.bert = BertForSequenceClassification(BertConfig(**{**TINY, **(config or {})}, num_labels=num_classes))
+            settings = {**TINY, **(config or {}), "num_labels": num_classes}
+            self.bert = BertForSequenceClassification(BertConfig(**settings))
             return
         if config:
             raise ConfigurationError("Expected either `path` or `config`, but got both: a pretrained model has a config of its own.")

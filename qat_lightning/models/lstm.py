@@ -23,4 +23,5 @@ class RowLSTM(nn.Module):
         """Return logits ``(N, num_classes)`` for images ``(N, in_channels, H, width)``."""
         rows = x.permute(0, 2, 1, 3).flatten(2)
         states, _ = self.lstm(rows)
-        return self.fc(states[:, -1])
+        logits: Tensor = self.fc(states[:, -1])
+        return logits

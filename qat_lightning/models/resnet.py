@@ -36,7 +36,8 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(N, num_classes)`` for images ``(N, in_channels, H, W)``."""
-        return self.fc(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
+        logits: Tensor = self.fc(torch.flatten(self.pool(self.blocks(self.stem(x))), 1))
+        return logits
 
 
 class _BasicBlock(nn.Module):
@@ -48,7 +49,8 @@ class _BasicBlock(nn.Module):
         self.add = Add(relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.add(self.body(x), self.shortcut(x))
+        total: Tensor = self.add(self.body(x), self.shortcut(x))
+        return total
 
 
 def _conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> tuple[nn.Module, nn.Module]:

@@ -26,7 +26,7 @@ def torchvision_net(name: str, num_classes: int = 1000, weights: str | None = No
     if name not in list_models():
         raise ConfigurationError(f"Expected argument `name` to be a classification model of torchvision, but got {name!r}.")
     named = None if weights is None or _is_file(weights) else _named_weights(name, weights)
-    net = get_model(name, weights=named)
+    net: nn.Module = get_model(name, weights=named)
     if num_classes != 1000:
         _replace_last_linear(net, num_classes)
     if in_channels != 3:
@@ -45,7 +45,7 @@ def _named_weights(name: str, weights: str) -> object:
     names = [*known.__members__, "DEFAULT"]
     if weights not in names:
         raise ConfigurationError(f"Expected argument `weights` of {name} to be a file or one of {names}, but got {weights!r}.")
-    return known[weights] if weights != "DEFAULT" else known.DEFAULT  # type: ignore[attr-defined]
+    return known[weights] if weights != "DEFAULT" else known.DEFAULT
 
 
 def _replace_last_linear(net: nn.Module, num_classes: int) -> None:
