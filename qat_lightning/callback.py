@@ -15,7 +15,7 @@ from qat_lightning.environment import check_trainer, horizon_of, progress_of
 from qat_lightning.errors import ConfigurationError, QuantizationError
 from qat_lightning.evaluation import serialized_bytes
 from qat_lightning.observers import apply_phase, switch_observers_off
-from qat_lightning.plan import Plan, check_overrides, make_plan
+from qat_lightning.plan import Plan, check_fuse, check_overrides, make_plan
 from qat_lightning.recipe import QAT, Recipe, parse_recipe
 from qat_lightning.report import Report
 from qat_lightning.running import attached, calibration_batches, clone, evaluation_step, example_calls, to_device
@@ -150,6 +150,7 @@ class QuantizationCallback(Callback):
             return
         fresh = find_targets(pl_module, self._recipe, missing)
         check_overrides(self._recipe, fresh)
+        check_fuse(self._recipe, fresh)
         plans = self._make_plans(pl_module, fresh)
         size = serialized_bytes(pl_module)
         floats = {name: clone(fresh[name]).cpu().eval() for name in plans}

@@ -16,7 +16,7 @@ from qat_lightning.core import convert_planned, plan_of, prepare_planned
 from qat_lightning.errors import QuantizationError, UnsupportedModelError
 from qat_lightning.evaluation import interleaved_medians, serialized_bytes
 from qat_lightning.flows import get_flow
-from qat_lightning.flows.blame import first_line, line_of_error
+from qat_lightning.flows.blame import line_of_error, module_of_error, short_message
 from qat_lightning.observers import apply_phase, check_ranges
 from qat_lightning.parity import merge
 from qat_lightning.plan import Call, Plan
@@ -54,24 +54,25 @@ def rehearse(name: str, module: nn.Module, plan: Plan, call: Call | None = None)
     Raises:
         QuantizationError: whatever would have gone wrong after training.
     """
+    rehearsed = clone(module).cpu()
     try:
-        rehearsed = clone(module).cpu()
+        rehearsed = _prepare_if_float(rehearsed, plan)
         if call is None:
-            rehearsed = _prepare_if_float(rehearsed, plan)
             _convert(rehearsed, plan)
             return
-        call = to_cpu_float(call)
-        rehearsed = _prepare_if_float(rehearsed, plan).eval()
+        example = to_cpu_float(call)
         if plan.observer is not None:
-            calibrate([rehearsed], [call], lambda one: one.run(rehearsed))
+            calibrate([rehearsed.eval()], [example], lambda one: one.run(rehearsed))
+        rehearsed = _convert(rehearsed, plan)
         with torch.inference_mode():
-            call.run(_convert(rehearsed, plan))
+            example.run(rehearsed)
     except QuantizationError:
         raise
     except Exception as error:
         other = "fx" if plan.flow == "eager" else "eager"
+        owner = f"{name}.{module_of_error(error, rehearsed)}".rstrip(".")
         raise UnsupportedModelError(
-            f"flow={plan.flow!r} cannot run {name!r} in int8: at {line_of_error(error)}: {type(error).__name__}: {first_line(error)}. "
+            f"flow={plan.flow!r} cannot run {owner!r} in int8: at {line_of_error(error)}: {short_message(error)}. "
             f"Use flow={other!r}, or keep the part in float with `overrides`."
         ) from error
 
@@ -153,7 +154,7 @@ def _parity(
         for name, plan in plans.items():
             layers = get_flow(plan.flow).parity(prepared[name], int8[name], calls[name])
             found.extend(
-                LayerParity(layer=f"{name}.{entry.layer}", max_steps=entry.max_steps, differing=entry.differing) for entry in layers
+                LayerParity(layer=_full_name(name, entry.layer), max_steps=entry.max_steps, differing=entry.differing) for entry in layers
             )
     return merge(found)
 
@@ -161,7 +162,12 @@ def _parity(
 def _layers(int8: Mapping[str, nn.Module], plans: Mapping[str, Plan]) -> Iterable[LayerReport]:
     for name, target in int8.items():
         for layer in get_flow(plans[name].flow).layers(target, plans[name]):
-            yield replace(layer, layer=f"{name}.{layer.layer}")
+            yield replace(layer, layer=_full_name(name, layer.layer))
+
+
+def _full_name(target: str, layer: str) -> str:
+    """Return the layer's name in the LightningModule, without the parent that some targets are given."""
+    return f"{target}.{layer}".replace(".wrapped", "")
 
 
 def _latency(

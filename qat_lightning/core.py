@@ -11,7 +11,7 @@ from qat_lightning.calibration import calibrate as run_calibration
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows import get_flow
 from qat_lightning.parity import merge
-from qat_lightning.plan import Call, Plan, check_overrides, make_plan
+from qat_lightning.plan import Call, Plan, check_fuse, check_overrides, make_plan
 from qat_lightning.recipe import DynamicPTQ, Recipe, parse_recipe
 from qat_lightning.report import LayerParity
 
@@ -35,6 +35,7 @@ def prepare(module: nn.Module, recipe: Recipe | str, example: Call | None = None
     if isinstance(recipe, DynamicPTQ):
         raise ConfigurationError("Dynamic quantization has nothing to prepare: use quantize_dynamic(module, recipe).")
     check_overrides(recipe, {"": module})
+    check_fuse(recipe, {"": module})
     plan = make_plan(module, recipe, example=example)
     require_layers({"": plan})
     return prepare_planned(copy.deepcopy(module), plan)

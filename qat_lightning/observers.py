@@ -74,7 +74,9 @@ def check_ranges(module: nn.Module, name: str) -> None:
         if not hasattr(child, "enable_observer") or path.endswith("weight_fake_quant") or not isinstance(low, Tensor):
             continue
         assert isinstance(high, Tensor)
-        if low.numel() == 0 or (torch.isinf(low).all() and (low > high).all()):
+        if getattr(child, "saw_no_number", False):
+            broken.append(path)
+        elif low.numel() == 0 or (torch.isinf(low).all() and (low > high).all()):
             empty.append(path)
         elif not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             broken.append(path)

@@ -5,7 +5,7 @@ import fnmatch
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ def make_plan(module: nn.Module, recipe: Recipe, name: str = "", example: Call |
         backend=recipe.backend,
         layers=layers,
         float_modules=tuple(_outermost(path for path, override in settings.items() if override is None)),
-        fuse=cast("tuple[tuple[str, ...], ...] | None", recipe.fuse),
+        fuse=_own_groups(module, name, recipe),
         observer=recipe.observer if isinstance(recipe, StaticPTQ) else None,
         constants=_constant_arguments(module, example),
     )
@@ -138,6 +138,36 @@ def check_overrides(recipe: Recipe, targets: Mapping[str, nn.Module]) -> None:
             f"`overrides` has the key {key!r}, which matches no module of {sorted(targets)}. "
             f"Use a qualified name, a glob or a module type; names are e.g. {close}."
         )
+
+
+def check_fuse(recipe: Recipe, targets: Mapping[str, nn.Module]) -> None:
+    """Refuse a group of ``fuse`` that lies in none of the targets.
+
+    Raises:
+        ConfigurationError: names the group and the first module that is missing.
+    """
+    found = {group for name, target in targets.items() for group in _named_groups(target, name, recipe)}
+    for group in recipe.fuse or ():
+        if tuple(group) not in found:
+            known = {full for name, target in targets.items() for path, _ in target.named_modules() for full in (path, f"{name}.{path}")}
+            missing = next((module for module in group if module not in known), None)
+            reason = f"there is no module {missing!r}" if missing else "its modules lie in several modules that are quantized one by one"
+            raise ConfigurationError(f"`fuse` has the group {list(group)}, but {reason} in {sorted(targets) or 'the module'}.")
+
+
+def _own_groups(module: nn.Module, name: str, recipe: Recipe) -> tuple[tuple[str, ...], ...] | None:
+    return None if recipe.fuse is None else tuple(_named_groups(module, name, recipe).values())
+
+
+def _named_groups(module: nn.Module, name: str, recipe: Recipe) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Return the groups of ``fuse`` that lie in the module, as the user wrote them and by names relative to the module."""
+    names = {path for path, _ in module.named_modules()}
+    groups = {}
+    for group in recipe.fuse or ():
+        relative = tuple(part if part in names else part.removeprefix(f"{name}.") for part in group)
+        if names.issuperset(relative):
+            groups[tuple(group)] = relative
+    return groups
 
 
 def _plan_layer(layer: nn.Module, recipe: Recipe, override: LayerOverride) -> LayerPlan:

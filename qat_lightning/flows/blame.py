@@ -3,7 +3,7 @@
 import traceback
 from pathlib import Path
 
-from torch import fx
+from torch import fx, nn
 
 _FLOWS = str(Path(__file__).parent)
 
@@ -26,9 +26,17 @@ def line_of_node(node: fx.Node) -> str:
     return f'{file}:{number}: "{code}"'
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message; torch's run to pages."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def module_of_error(error: BaseException, root: nn.Module) -> str:
+    """Return the qualified name in ``root`` of the innermost module whose forward was running, empty for the root itself."""
+    names = {id(child): name for name, child in root.named_modules()}
+    owners = [names.get(id(frame.f_locals.get("self"))) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((name for name in reversed(owners) if name is not None), "")
+
+
+def short_message(error: BaseException) -> str:
+    """Return the type of an error and the first sentence of its message; torch's run to pages."""
+    sentence = (str(error).strip().splitlines() or [""])[0].partition(". ")[0].rstrip(".")
+    return f"{type(error).__name__}: {sentence}"
 
 
 def _is_users(filename: str) -> bool:

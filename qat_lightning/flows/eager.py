@@ -24,6 +24,7 @@ from torch.ao.quantization import convert as torch_convert
 from torch.ao.quantization import (
     quantize_dynamic as torch_quantize_dynamic,
 )
+from torch.ao.quantization.quantization_mappings import DEFAULT_MODULE_TO_ACT_POST_PROCESS
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -176,7 +177,7 @@ class _StubTracer(fx.Tracer):
 
 def _is_arithmetic(node: fx.Node) -> bool:
     if node.op == "call_function":
-        return node.target in UNSUPPORTED_FUNCTIONS and "float_functional" not in (node.stack_trace or "")
+        return node.target in UNSUPPORTED_FUNCTIONS and "functional_modules.py" not in (node.stack_trace or "")
     return node.op == "call_method" and node.target in UNSUPPORTED_METHODS
 
 
@@ -257,7 +258,8 @@ def _runs_in_float(name: str, child: nn.Module, plan: Plan) -> bool:
     if type(child) in FLOAT_TYPES:
         return True
     is_layer = next(child.children(), None) is None
-    return is_layer and type(child) not in EXACT_TYPES and type(child) not in get_default_static_quant_module_mappings()
+    swapped = {*get_default_static_quant_module_mappings(), *DEFAULT_MODULE_TO_ACT_POST_PROCESS}
+    return is_layer and type(child) not in EXACT_TYPES and type(child) not in swapped
 
 
 def _surround_with_float(child: nn.Module, plan: Plan) -> None:

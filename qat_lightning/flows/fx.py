@@ -17,13 +17,15 @@ from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx, prepare_qat_fx
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 
 from qat_lightning.backend import RECURRENT, TRANSPOSED, engine
 from qat_lightning.deprecation import quiet
 from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.flows.base import with_parent
-from qat_lightning.flows.blame import first_line, line_of_error, line_of_node
+from qat_lightning.flows.blame import line_of_error, line_of_node, short_message
 from qat_lightning.flows.torch_ao import (
+    FollowingFakeQuantize,
     dynamic_qconfig,
     initialize,
     layer_reports,
@@ -66,6 +68,7 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
             source = fuse_fx(source, fuse_custom_config=None)
         custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(module, plan))
         prepared = prepare_qat_fx(source.train(), _static_mapping(plan), (torch.zeros(1),), prepare_custom_config=custom)
+    _pass_ranges_through_dropout(prepared)
     _limit_inputs(prepared, plan)
     initialize(prepared)
     _Surface.of(module, plan).attach(prepared)
@@ -160,10 +163,10 @@ def trace(module: nn.Module, plan: Plan) -> fx.Graph:
 
 def _explain_trace(error: Exception, module: nn.Module, path: str) -> str:
     owner = f"module {path!r} ({type(module.get_submodule(path)).__name__})" if path else type(module).__name__
+    keep = f" or keep the module in float with overrides={{{path!r}: None}};" if path else ""
     return (
-        f"flow='fx' cannot trace {owner} at {line_of_error(error)}: {type(error).__name__}: {first_line(error)}. "
-        f"Use flow='eager', which does not trace; or keep the module in float with overrides={{{path or '...'!r}: None}}; "
-        f"or rewrite the line without Python control flow on tensors."
+        f"flow='fx' cannot trace {owner} at {line_of_error(error)}: {short_message(error)}. "
+        f"Use flow='eager', which does not trace;{keep} or rewrite the line without Python control flow on tensors."
     )
 
 
@@ -250,6 +253,23 @@ def _is_fixed(constructor: Any) -> bool:
 
 
 # --- after prepare -----------------------------------------------------------------------------------------------------------
+
+
+def _pass_ranges_through_dropout(prepared: fx.GraphModule) -> None:
+    for node in prepared.graph.nodes:
+        if node.op != "call_module" or not isinstance(prepared.get_submodule(node.target), _DropoutNd):
+            continue
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        before = prepared.get_submodule(str(source.target))
+        for user in node.users:
+            if isinstance(before, FakeQuantizeBase) and user.op == "call_module" and _is_fake_quant(prepared, user):
+                prepared.set_submodule(str(user.target), FollowingFakeQuantize(before))
+
+
+def _is_fake_quant(prepared: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(prepared.get_submodule(str(node.target)), FakeQuantizeBase)
 
 
 def _limit_inputs(prepared: fx.GraphModule, plan: Plan) -> None:

@@ -94,19 +94,26 @@ class CalibratedFakeQuantize(FakeQuantize):
     """
 
     range_frozen = False
+    saw_no_number = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, rounded to the grid where fake-quant is on; integers pass through."""
         if not x.is_floating_point():
             return x
         if self.observer_enabled[0]:
-            self.activation_post_process(x.detach().float())
+            self._observe(x.detach().float())
         if not self.fake_quant_enabled[0]:
             return x
         observer = self.activation_post_process
         return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, observer.quant_min, observer.quant_max).to(
             x.dtype
         )
+
+    def _observe(self, x: Tensor) -> None:
+        if torch.isfinite(x).all():
+            self.activation_post_process(x)
+        else:
+            self.saw_no_number = True
 
     def freeze_range(self) -> None:
         """Compute scale and zero point from what the observer has seen."""
@@ -120,6 +127,33 @@ class CalibratedFakeQuantize(FakeQuantize):
         if not self.range_frozen:
             self.freeze_range()
         return self.scale, self.zero_point
+
+
+class FollowingFakeQuantize(FakeQuantizeBase):
+    """Takes the place of fake-quant behind an operation that is none in evaluation: dropout.
+
+    In int8 there is nothing behind dropout, so its output has the range of its input. A range of its own, which training gives it
+    in torch, would round in the simulation what int8 does not round.
+
+    Args:
+        source: the fake-quant in front of the operation.
+    """
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        # In a list, so that it is not registered as a submodule a second time.
+        self.sources = [source]
+        self.dtype, self.qscheme, self.ch_axis, self.is_dynamic = source.dtype, source.qscheme, source.ch_axis, False
+        self.quant_min, self.quant_max = source.quant_min, source.quant_max
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        return x
+
+    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point of the source."""
+        scale, zero_point = self.sources[0].calculate_qparams()
+        return scale, zero_point
 
 
 def _constructor(fake_quant: Any, **settings: Any) -> Any:

@@ -1,0 +1,66 @@
+import doctest
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from qat_lightning import StaticPTQ, affine, calibrate, prepare
+from qat_lightning.affine import QParams, choose_qparams, dequantize, quantize, step_difference
+
+VALUES = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=64)
+SCALES = st.floats(1e-3, 2.0)
+RANGES = st.sampled_from([(0, 255, torch.quint8), (0, 127, torch.quint8), (-128, 127, torch.qint8)])
+
+
+@given(values=VALUES, scale=SCALES, kind=st.sampled_from([(0, 255, torch.quint8), (-128, 127, torch.qint8)]), data=st.data())
+def test_equals_torch(values, scale, kind, data):
+    q_min, q_max, dtype = kind
+    x, qparams = torch.tensor(values), QParams(scale, data.draw(st.integers(q_min, q_max)), q_min, q_max)
+    theirs = torch.quantize_per_tensor(x, qparams.scale, qparams.zero_point, dtype)
+    assert torch.equal(quantize(x, qparams), theirs.int_repr().long())
+    assert torch.equal(dequantize(quantize(x, qparams), qparams), theirs.dequantize())
+
+
+@given(low=st.floats(-100, 100), high=st.floats(-100, 100), kind=RANGES)
+def test_rounding_error_is_half_a_step_inside_the_range(low, high, kind):
+    low, high = min(low, high), max(low, high)
+    qparams = choose_qparams(low, high, kind[0], kind[1])
+    x = torch.linspace(low, high, 101)
+    error = (dequantize(quantize(x, qparams), qparams) - x).abs().max().item()
+    # The zero point is rounded too, which shifts the ends by up to half a step more.
+    assert error <= qparams.scale * 1.01 + 1e-5
+
+
+@given(low=st.floats(-100, 0), high=st.floats(0, 100), kind=RANGES)
+def test_zero_is_exact(low, high, kind):
+    qparams = choose_qparams(low, high, kind[0], kind[1])
+    assert quantize(torch.zeros(1), qparams).item() == qparams.zero_point
+    assert dequantize(torch.tensor([qparams.zero_point]), qparams).item() == 0
+
+
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 2.0])
+def test_equals_the_qparams_of_a_calibrated_model(shift):
+    x = torch.randn(64, 8) + shift
+    prepared = calibrate(prepare(nn.Sequential(nn.Linear(8, 8)), StaticPTQ(observer="minmax")), [x])
+    fake_quant = prepared.get_submodule("activation_post_process_0")
+    expected = choose_qparams(x.min().item(), x.max().item(), 0, 255)
+    assert fake_quant.scale.item() == pytest.approx(expected.scale, rel=1e-6)
+    assert abs(fake_quant.zero_point.item() - expected.zero_point) <= 1
+    assert step_difference(prepared.activation_post_process_0(x), x, expected).max() <= 1
+
+
+@pytest.mark.parametrize("interval", [(1.0, -1.0), (float("nan"), 1.0), (0.0, float("inf"))])
+def test_refuses_what_is_no_interval(interval):
+    with pytest.raises(ValueError, match="finite x_min <= x_max"):
+        choose_qparams(*interval, 0, 255)
+
+
+def test_refuses_an_empty_integer_range():
+    with pytest.raises(ValueError, match="q_min < q_max"):
+        choose_qparams(0, 1, 3, 3)
+
+
+def test_worked_example():
+    assert doctest.testmod(affine).failed == 0 and doctest.testmod(affine).attempted >= 3
