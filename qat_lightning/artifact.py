@@ -4,16 +4,17 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from qat_lightning.backend import check_backend, cpu_name
 from qat_lightning.core import convert_planned, int8_plan_of, prepare_planned
 from qat_lightning.deprecation import quiet
 from qat_lightning.errors import ArtifactError
-from qat_lightning.flows import get_flow
+from qat_lightning.flows import Flow, get_flow
 from qat_lightning.plan import Plan
 from qat_lightning.recipe import DynamicPTQ
 from qat_lightning.targets import already
@@ -55,7 +56,7 @@ def save_quantized(module: nn.Module, folder: str | Path) -> Path:
     try:
         staging.chmod(0o755)
         with quiet():
-            torch.save(module.state_dict(), staging / WEIGHTS)
+            torch.save(_flow_of(targets).portable_state(module), staging / WEIGHTS)
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         _replace(staging, folder)
     except BaseException:
@@ -78,34 +79,60 @@ def load_quantized(folder: str | Path, model: ModuleT) -> ModuleT:
     manifest = _read_manifest(folder)
     model.cpu().eval()
     for name, values in manifest["targets"].items():
-        plan = Plan.from_dict(values)
+        plan = _read_plan(values, folder)
         check_backend(plan.backend)
         if name not in dict(model.named_modules()):
             raise ArtifactError(f"{folder} was saved from a model with a submodule {name!r}, which {type(model).__name__} does not have.")
-        float_target = model.get_submodule(name)
-        prepared = float_target if plan.recipe == DynamicPTQ.name else prepare_planned(float_target, plan)
-        int8 = convert_planned(prepared, plan)
-        if not name:
-            model = int8  # type: ignore[assignment]
-        else:
+        int8 = _rebuild(model.get_submodule(name), plan, folder)
+        if name:
             model.set_submodule(name, int8)
-    _load_weights(folder, model)
-    return model.eval()
+        else:
+            return _load_weights(folder, cast(ModuleT, int8), type(model).__name__).eval()
+    return _load_weights(folder, model, type(model).__name__).eval()
 
 
-def _load_weights(folder: Path, model: nn.Module) -> None:
+def _rebuild(target: nn.Module, plan: Plan, folder: Path) -> nn.Module:
+    """Return the int8 structure of a float module, its weights yet to be loaded."""
+    try:
+        return convert_planned(target if plan.recipe == DynamicPTQ.name else prepare_planned(target, plan), plan)
+    except Exception as error:  # torch.ao raises whatever it stumbles over in a module of another class
+        raise ArtifactError(f"{folder} was saved from another model than {type(target).__name__}: {error}") from error
+
+
+def _load_weights(folder: Path, model: ModuleT, name: str) -> ModuleT:
     try:
         with quiet():
             weights = torch.load(folder / WEIGHTS, weights_only=True, map_location="cpu")
-            model.load_state_dict(weights)
+            flow = _flow_of(already(model)[1])
+            _check_shapes(flow.portable_state(model), weights)
+            flow.load_portable_state(model, weights)
     except FileNotFoundError:
         raise ArtifactError(f"{folder} has no {WEIGHTS}: the artifact is incomplete.") from None
     except Exception as error:
-        raise ArtifactError(f"The weights in {folder} do not fit {type(model).__name__}: {error}") from error
+        raise ArtifactError(f"The weights in {folder} do not fit {name}: {error}") from error
     _, targets = already(model)
     for target in targets.values():
         plan = _plan_of(target)
         get_flow(plan.flow).pack(target, plan)
+    return model
+
+
+def _check_shapes(expected: dict[str, Any], weights: dict[str, Any]) -> None:
+    """Packed weights take any shape; compare them here, as ``load_state_dict`` compares others."""
+    for key, value in expected.items():
+        shapes = [
+            [tuple(leaf.shape) for leaf in pytree.tree_leaves(side) if isinstance(leaf, Tensor)] for side in (value, weights.get(key))
+        ]
+        # Scales of a layer start as single numbers and are saved so.
+        if key in weights and shapes[0] != shapes[1] and any(len(shape) > 1 for shape in shapes[0]):
+            raise RuntimeError(f"size mismatch for {key}: the artifact has {shapes[1]}, the model {shapes[0]}")
+
+
+def _read_plan(values: Any, folder: Path) -> Plan:
+    try:
+        return Plan.from_dict(values)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ArtifactError(f"{folder / MANIFEST} describes no plan that this version reads: {error!r}") from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -118,6 +145,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("targets"), dict) or manifest.get("format") != FORMAT:
         raise ArtifactError(f"{folder / MANIFEST} is not of format {FORMAT}, the one this version of qat_lightning reads.")
     return manifest
+
+
+def _flow_of(targets: dict[str, nn.Module]) -> Flow:
+    return get_flow(_plan_of(next(iter(targets.values()))).flow)
 
 
 def _plan_of(target: nn.Module) -> Plan:

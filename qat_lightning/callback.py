@@ -1,7 +1,7 @@
 """The callback: Lightning's hooks, wired to the functions of this package."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,10 +11,10 @@ from typing_extensions import override
 
 from qat_lightning.conversion import Baseline, quantize_copy, rehearse
 from qat_lightning.core import plan_of, prepare_planned, require_layers
-from qat_lightning.environment import check_trainer, horizon_of, progress_of
-from qat_lightning.errors import ConfigurationError, QuantizationError
+from qat_lightning.environment import check_callbacks, check_trainer, counted_horizon_of, horizon_of, progress_of
+from qat_lightning.errors import CalibrationError, ConfigurationError, QuantizationError
 from qat_lightning.evaluation import serialized_bytes
-from qat_lightning.observers import apply_phase, switch_observers_off
+from qat_lightning.observers import apply_phase, freeze_bn, switch_observers_off
 from qat_lightning.plan import Plan, check_fuse, check_overrides, make_plan
 from qat_lightning.recipe import QAT, Recipe, parse_recipe
 from qat_lightning.report import Report
@@ -63,6 +63,8 @@ class QuantizationCallback(Callback):
             raise TypeError(f"Expected argument `modules` to be a list of names or None, but got {modules!r}.")
         if modules is not None and not modules:
             raise ValueError("Expected argument `modules` to name at least one module, but got an empty list; None takes every child.")
+        if calibration_data is not None and not isinstance(calibration_data, Iterable):
+            raise TypeError(f"Expected argument `calibration_data` to be an iterable of batches or None, but got {calibration_data!r}.")
         self._modules = modules
         self._calibration_data = calibration_data
         self._baseline = Baseline(targets={}, size_bytes=0)
@@ -126,6 +128,7 @@ class QuantizationCallback(Callback):
             )
         if stage == "fit" and isinstance(self._recipe, QAT) and not getattr(trainer, "fast_dev_run", False):
             check_reachable(self._recipe, horizon_of(trainer))
+            check_callbacks(trainer, self._recipe)
         if is_overridden("configure_model", pl_module):
             self._prepare_after_configure_model(pl_module, stage)
         else:
@@ -149,6 +152,8 @@ class QuantizationCallback(Callback):
         if (prepared and not missing) or not (is_qat or stage == "fit"):
             return
         fresh = find_targets(pl_module, self._recipe, missing)
+        if isinstance(self._calibration_data, Sized) and not len(self._calibration_data):
+            raise CalibrationError("`calibration_data` has no batch: give it at least one, or None for the training data.")
         check_overrides(self._recipe, fresh)
         check_fuse(self._recipe, fresh)
         plans = self._make_plans(pl_module, fresh)
@@ -180,6 +185,12 @@ class QuantizationCallback(Callback):
         return {name: plan for name, plan in plans.items() if plan.layers}
 
     # --- schedule --------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a step that this run never reaches, now that its batches are counted."""
+        if isinstance(self._recipe, QAT) and not getattr(trainer, "fast_dev_run", False):
+            check_reachable(self._recipe, counted_horizon_of(trainer))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -221,8 +232,10 @@ class QuantizationCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switch observers off."""
+        """Switch observers off, and let BatchNorm learn again should the module be trained further."""
         self._leave(pl_module)
+        for target in already(pl_module)[0].values():
+            freeze_bn(target, frozen=False)
 
     def _enter(self, pl_module: LightningModule, wanted: Phase) -> None:
         if wanted == self._phase:

@@ -1,7 +1,7 @@
 """From a trained LightningModule to its int8 copy: rehearsed before training, carried out and measured after it."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -63,6 +63,7 @@ def rehearse(name: str, module: nn.Module, plan: Plan, call: Call | None = None)
         example = to_cpu_float(call)
         if plan.observer is not None:
             calibrate([rehearsed.eval()], [example], lambda one: one.run(rehearsed))
+        check_ranges(rehearsed, f"module {name!r}")
         rehearsed = _convert(rehearsed, plan)
         with torch.inference_mode():
             example.run(rehearsed)
@@ -101,12 +102,13 @@ def quantize_copy(
     prepared = {name: _prepare_if_float(module.get_submodule(name), plan) for name, plan in plans.items()}
     for name, target in prepared.items():
         module.set_submodule(name, target.eval())
+    first = _First(batches, PARITY_BATCHES)
     if isinstance(recipe, StaticPTQ):
-        calibrate(prepared.values(), batches, step, recipe.calibration_batches, progress=True)
+        calibrate(prepared.values(), first, step, recipe.calibration_batches, progress=True)
     for name, target in prepared.items():
         apply_phase(target, IDLE)
         check_ranges(target, f"module {name!r}")
-    sample = list(islice(batches, PARITY_BATCHES))
+    sample = first.batches()
     calls = _captured(prepared, sample, step)
     single = _captured(prepared, [first_of_batch(sample[0])] if sample else [], step)
     int8 = {name: _convert(copy.deepcopy(target), plans[name]) for name, target in prepared.items()}
@@ -127,6 +129,30 @@ def quantize_copy(
         torch=torch.__version__,
         cpu=cpu_name(),
     )
+
+
+class _First:
+    """Batches that can be read once, of which the first few are kept.
+
+    Args:
+        source: the batches.
+        count: how many are kept.
+    """
+
+    def __init__(self, source: Iterable[Any], count: int) -> None:
+        self.source = source
+        self.count = count
+        self.kept: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.source:
+            if len(self.kept) < self.count:
+                self.kept.append(batch)
+            yield batch
+
+    def batches(self) -> list[Any]:
+        """Return the first batches; they are read now if nobody has iterated."""
+        return self.kept or list(islice(self, self.count))
 
 
 def _prepare_if_float(module: nn.Module, plan: Plan) -> nn.Module:

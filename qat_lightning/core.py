@@ -10,6 +10,7 @@ from torch import fx, nn
 from qat_lightning.calibration import calibrate as run_calibration
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows import get_flow
+from qat_lightning.observers import check_ranges
 from qat_lightning.parity import merge
 from qat_lightning.plan import Call, Plan, check_fuse, check_overrides, make_plan
 from qat_lightning.recipe import DynamicPTQ, Recipe, parse_recipe
@@ -52,7 +53,9 @@ def calibrate(prepared: nn.Module, batches: Iterable[Any], limit: int | None = N
 
     Raises:
         CalibrationError: no batch, or NaN or infinite values.
+        ConfigurationError: the module was not prepared.
     """
+    _require_prepared(prepared)
     prepared.eval()
     run_calibration([prepared], batches, lambda batch: as_call(batch).run(prepared), limit, progress)
     return prepared
@@ -66,10 +69,10 @@ def convert(prepared: nn.Module) -> nn.Module:
 
     Raises:
         ConfigurationError: the module was not prepared.
+        CalibrationError: it was neither trained nor calibrated, or has seen NaN.
     """
-    plan = plan_of(prepared)
-    if plan is None:
-        raise ConfigurationError(f"{type(prepared).__name__} was not prepared: call prepare(module, recipe) first.")
+    plan = _require_prepared(prepared)
+    check_ranges(prepared, "convert")
     return convert_planned(copy.deepcopy(prepared).cpu(), plan)
 
 
@@ -100,8 +103,7 @@ def measure_parity(prepared: nn.Module, int8: nn.Module, batches: Sequence[Any])
         int8: from :func:`convert`.
         batches: inputs as in :func:`calibrate`.
     """
-    plan = plan_of(prepared)
-    assert plan is not None
+    plan = _require_prepared(prepared)
     return merge(get_flow(plan.flow).parity(prepared.eval(), int8, [as_call(batch) for batch in batches]))
 
 
@@ -151,6 +153,13 @@ def require_layers(plans: dict[str, Plan]) -> None:
         f"Nothing to quantize: {sorted(plans) if any(plans) else 'the module'} holds no {kinds} layer, or `overrides` keeps all in float. "
         f"Name modules that do with `modules`, or remove the overrides."
     )
+
+
+def _require_prepared(module: nn.Module) -> Plan:
+    plan = plan_of(module)
+    if plan is None:
+        raise ConfigurationError(f"{type(module).__name__} was not prepared: call prepare(module, recipe) first.")
+    return plan
 
 
 def _mark(module: nn.Module, key: str, plan: Plan) -> nn.Module:

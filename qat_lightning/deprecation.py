@@ -8,6 +8,7 @@ MESSAGES = (
     # torch.ao still ships with every torch this package admits, and stays behind the flows.
     "torch.ao.quantization is deprecated",
     "torch.quantize_per_tensor, torch.quantize_per_channel and other quantized tensor creation functions",
+    "TypedStorage is deprecated",
     # Said of observers that the plan leaves without data on purpose: a dry run, or a layer that stays float.
     "must run observer before calling",
     "QConfig must specify a FixedQParams",

@@ -1,11 +1,14 @@
 """What the Trainer tells: whether it can train a quantized model, where the run ends and how far it has come."""
 
 import math
+from dataclasses import replace
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.recipe import QAT
 from qat_lightning.schedule import Horizon, Progress
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -29,6 +32,19 @@ def check_trainer(trainer: Trainer) -> None:
         )
 
 
+def check_callbacks(trainer: Trainer, recipe: QAT) -> None:
+    """Refuse a callback that undoes what the recipe does.
+
+    Raises:
+        ConfigurationError: names the callback and the way out.
+    """
+    if recipe.freeze_bn is not None and any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigurationError(
+            f"StochasticWeightAveraging measures BatchNorm's statistics anew at its end, which `freeze_bn={recipe.freeze_bn}` forbids: "
+            f"the network would be left with mean 0 and variance 1. Use freeze_bn=None, or WeightAveraging."
+        )
+
+
 def horizon_of(trainer: Trainer) -> Horizon:
     """Return where the run ends."""
     batches = trainer.num_training_batches
@@ -37,6 +53,16 @@ def horizon_of(trainer: Trainer) -> Horizon:
         max_steps=trainer.max_steps if trainer.max_steps > 0 else None,
         batches_per_epoch=int(batches) if math.isfinite(batches) and batches > 0 else None,
     )
+
+
+def counted_horizon_of(trainer: Trainer) -> Horizon:
+    """Return where the run ends, with the optimizer steps that its batches allow, where these are known."""
+    horizon = horizon_of(trainer)
+    automatic = trainer.lightning_module.automatic_optimization
+    if horizon.max_steps or not automatic or not horizon.max_epochs or not horizon.batches_per_epoch:
+        return horizon
+    steps = math.ceil(horizon.batches_per_epoch / trainer.accumulate_grad_batches) * horizon.max_epochs
+    return replace(horizon, max_steps=steps)
 
 
 def progress_of(trainer: Trainer, batch_idx: int) -> Progress:

@@ -133,7 +133,8 @@ def check_overrides(recipe: Recipe, targets: Mapping[str, nn.Module]) -> None:
         if any(_matches(key, full, path, child) for full, path, child in modules):
             continue
         names = [full for full, _, _ in modules if full]
-        close = difflib.get_close_matches(str(key), names, n=3) or names[:5]
+        short = difflib.get_close_matches(str(key), [path for _, path, _ in modules], n=3)
+        close = difflib.get_close_matches(str(key), names, n=3) or [full for full, path, _ in modules if path in short] or names[:5]
         raise ConfigurationError(
             f"`overrides` has the key {key!r}, which matches no module of {sorted(targets)}. "
             f"Use a qualified name, a glob or a module type; names are e.g. {close}."

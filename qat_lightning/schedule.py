@@ -91,8 +91,12 @@ def check_reachable(recipe: QAT, horizon: Horizon) -> None:
     """Refuse a schedule with a moment that this run never reaches.
 
     Raises:
-        ConfigurationError: a moment at or after the end of training, or a fraction of a run without an end.
+        ConfigurationError: observers that never learn, a moment at or after the end of training, or a fraction of a run without an end.
     """
+    if recipe.freeze_observers is not None and not any(vars(recipe.freeze_observers).values()):
+        raise ConfigurationError(
+            f"`freeze_observers={recipe.freeze_observers}` freezes the ranges before the observers have seen any data: use a later moment."
+        )
     for argument in ("start", "freeze_bn", "freeze_observers"):
         when = getattr(recipe, argument)
         if when is None:

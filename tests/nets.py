@@ -173,9 +173,9 @@ class Plain(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
-def fit(callback, module=None, data=None, **trainer):
-    """Fit a module with a callback; returns the module and its Trainer."""
+def fit(callback, module=None, data=None, watching=(), **trainer):
+    """Fit a module with a callback, and others that run after it; returns the module and its Trainer."""
     module = Plain() if module is None else module
-    trainer = Trainer(**{"max_epochs": 2, "callbacks": [callback], **QUIET, **trainer})
+    trainer = Trainer(**{"max_epochs": 2, "callbacks": [callback, *watching], **QUIET, **trainer})
     trainer.fit(module, Images() if data is None else data)
     return module, trainer

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset, TensorDataset
 
 from qat_lightning.data.base import SplitData
+from qat_lightning.errors import ConfigurationError
 
 TEST_SAMPLES, VALIDATION_SAMPLES = 450, 135
 
@@ -18,7 +19,7 @@ class DigitsData(SplitData):
     Args:
         batch_size: samples per batch.
         num_workers: processes that load data; the data lies in memory.
-        seed: of the split.
+        seed: of the split into training and validation data; the test set is always the same.
         augment: shift training images by up to one pixel.
         in_channels: 1.
         num_classes: 10.
@@ -36,6 +37,8 @@ class DigitsData(SplitData):
         width: int = 8,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, num_classes)
+        if (in_channels, width) != (1, 8):
+            raise ConfigurationError(f"The digits have 1 channel and 8 pixels a row, not `in_channels={in_channels}` and `width={width}`.")
         self.augment = augment
         self.in_channels = in_channels
         self.width = width
@@ -46,7 +49,7 @@ class DigitsData(SplitData):
         self._check_classes(bunch.target_names, "the digits data")
         images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 8 - 1
         labels = torch.from_numpy(bunch.target).long()
-        rest, test = train_test_split(range(len(labels)), test_size=TEST_SAMPLES, stratify=labels, random_state=self.seed)
+        rest, test = train_test_split(range(len(labels)), test_size=TEST_SAMPLES, stratify=labels, random_state=0)
         train, val = train_test_split(rest, test_size=VALIDATION_SAMPLES, stratify=labels[rest], random_state=self.seed)
         self.calibration_set = TensorDataset(images[train], labels[train])
         self.train_set = _Shifted(images[train], labels[train]) if self.augment else self.calibration_set

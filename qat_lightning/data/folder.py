@@ -63,22 +63,22 @@ class ImageFolderData(SplitData):
         evaluation, training = self._evaluation(), self._training()
         evaluated = self._folder("train", evaluation)
         augmented = self._folder("train", training)
-        test = self._folder("test", evaluation)
+        self.test_set = self._folder("test", evaluation, evaluated.classes)
         self._check_classes(evaluated.classes, str(self.root / "train"))
-        if test.classes != evaluated.classes:
-            raise ConfigurationError(f"{self.root}: train has the classes {evaluated.classes}, but test has {test.classes}.")
-        self.test_set = test
         if (self.root / "val").is_dir():
-            self.train_set, self.calibration_set, self.val_set = augmented, evaluated, self._folder("val", evaluation)
+            self.train_set, self.calibration_set, self.val_set = augmented, evaluated, self._folder("val", evaluation, evaluated.classes)
             return
         train, val = split_indices(len(evaluated), self.val_fraction, self.seed)
         self.train_set, self.calibration_set, self.val_set = Subset(augmented, train), Subset(evaluated, train), Subset(evaluated, val)
 
-    def _folder(self, name: str, transform: Any) -> ImageFolder:
+    def _folder(self, name: str, transform: Any, classes: list[str] | None = None) -> ImageFolder:
         try:
-            return ImageFolder(self.root / name, transform)
+            folder = ImageFolder(self.root / name, transform)
         except FileNotFoundError as error:
             raise ConfigurationError(f"`root={self.root}` needs a folder {name!r} with a folder of images per class: {error}") from error
+        if classes is not None and folder.classes != classes:
+            raise ConfigurationError(f"{self.root}: train has the classes {classes}, but {name} has {folder.classes}.")
+        return folder
 
     def _evaluation(self) -> Any:
         resize = [] if self.image_size is None else [T.Resize(self.image_size), T.CenterCrop(self.image_size)]

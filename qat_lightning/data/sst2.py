@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from qat_lightning.data.base import SplitData, split_indices
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.recipe import check_count
 
 HEADER = ["sentence", "label"]
 PADDING, UNKNOWN = 0, 1
@@ -48,6 +49,8 @@ class SST2Data(SplitData):
         num_classes: int = 2,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, num_classes)
+        check_count("vocab_size", vocab_size, minimum=3)
+        check_count("max_length", max_length, minimum=1)
         self.root = Path(root)
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -57,7 +60,7 @@ class SST2Data(SplitData):
     def setup(self, stage: str) -> None:
         """Read the files and number the words."""
         train, test = read_tsv(self.root / "train.tsv"), read_tsv(self.root / "dev.tsv")
-        self._check_classes(sorted({label for _, label in train + test}), str(self.root))
+        self._check_classes(range(1 + max(label for _, label in train + test)), str(self.root))
         encode = self._pretrained() if self.tokenizer else _vocabulary([sentence for sentence, _ in train], self.vocab_size)
         data = _Sentences(train, encode, self.max_length)
         kept, held_out = split_indices(len(data), self.val_fraction, self.seed)
@@ -86,15 +89,15 @@ def read_tsv(path: Path) -> list[tuple[str, int]]:
     """
     if not path.is_file():
         raise ConfigurationError(f"{path} is missing: `root` needs train.tsv and dev.tsv with the columns {HEADER}.")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     if not lines or lines[0].split("\t") != HEADER:
         raise ConfigurationError(
             f"{path}: expected the header {HEADER} in line 1, but got {lines[0].split(chr(9)) if lines else 'an empty file'}."
         )
     rows = []
     for number, line in enumerate(lines[1:], start=2):
-        sentence, _, label = line.rpartition("\t")
-        if not sentence.strip() or not label.strip().isdigit():
+        sentence, _, label = line.partition("\t")
+        if not sentence.strip() or not label.strip().isdecimal():
             raise ConfigurationError(f"{path}, line {number}: expected a sentence, a tab and a label such as 0 or 1, but got {line!r}.")
         rows.append((sentence, int(label)))
     if not rows:

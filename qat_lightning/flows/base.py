@@ -42,6 +42,14 @@ class Flow(Protocol):
         """Pack the weights of each layer with the engine that its plan names; loading and copying forget it."""
         ...
 
+    def portable_state(self, model: nn.Module) -> dict[str, Any]:
+        """Return the state dict of a model with int8 modules, with nothing in it but tensors."""
+        ...
+
+    def load_portable_state(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Load what ``portable_state`` returned; KeyError or RuntimeError where it does not fit."""
+        ...
+
     def layers(self, int8: nn.Module, plan: Plan) -> Iterator[LayerReport]:
         """Yield the layers that run in int8."""
         ...

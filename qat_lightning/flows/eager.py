@@ -33,14 +33,24 @@ from qat_lightning.deprecation import quiet
 from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.flows.base import Parent, with_parent
 from qat_lightning.flows.blame import line_of_node
-from qat_lightning.flows.torch_ao import dynamic_qconfig, fake_quants, initialize, layer_reports, limit_activation, pack, static_qconfig
+from qat_lightning.flows.torch_ao import (
+    dynamic_qconfig,
+    fake_quants,
+    initialize,
+    layer_reports,
+    limit_activation,
+    load_portable_state,
+    pack,
+    portable_state,
+    static_qconfig,
+)
 from qat_lightning.fusion import check_groups, find_groups
 from qat_lightning.models.layers import Add
 from qat_lightning.parity import Reference, compare
 from qat_lightning.plan import Call, Plan
 from qat_lightning.report import LayerParity, LayerReport
 
-__all__ = ["convert", "layers", "pack", "parity", "prepare", "quantize_dynamic"]
+__all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic"]
 
 # torch.ao would swap them, but has no fake-quant for their weights: training and parity would not see their rounding.
 FLOAT_TYPES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, *RECURRENT, *TRANSPOSED)

@@ -30,15 +30,17 @@ from qat_lightning.flows.torch_ao import (
     initialize,
     layer_reports,
     limit_activation,
+    load_portable_state,
     pack,
     planned_layer,
+    portable_state,
     static_qconfig,
 )
 from qat_lightning.parity import Reference, compare
 from qat_lightning.plan import Call, Plan
 from qat_lightning.report import LayerParity, LayerReport
 
-__all__ = ["convert", "layers", "pack", "parity", "prepare", "quantize_dynamic"]
+__all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic"]
 
 # Their weights have no fake-quant in torch.ao, so that training and parity would not see their rounding.
 FLOAT_TYPES: tuple[Any, ...] = (

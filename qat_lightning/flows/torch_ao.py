@@ -227,6 +227,38 @@ def pack(int8: nn.Module, plan: Plan) -> None:
                 layer.set_weight_bias(*weights)
 
 
+def portable_state(model: nn.Module) -> dict[str, Any]:
+    """Return the state dict with tensors alone; see :class:`qat_lightning.flows.base.Flow`."""
+    state = model.state_dict()  # changed in place: a copy would lose the versions that torch attaches to it
+    for name, layer in _recurrent_modules(model):
+        for key in _packed_names(state, name):
+            del state[key]
+        weights = layer._weight_bias()
+        state.update({f"{name}.{key}": tensor for key, tensor in {**weights["weight"], **weights["bias"]}.items()})
+    return state
+
+
+def load_portable_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Load what :func:`portable_state` returned, which is used up; see :class:`qat_lightning.flows.base.Flow`."""
+    for name, layer in _recurrent_modules(model):
+        weights = layer._weight_bias()
+        layer.set_weight_bias({key: state.pop(f"{name}.{key}") for key in (*weights["weight"], *weights["bias"])})
+        own = model.state_dict()
+        state.update({key: own[key] for key in _packed_names(own, name)})
+    model.load_state_dict(state)
+
+
+def _packed_names(state: dict[str, Any], layer: str) -> list[str]:
+    return [key for key in state if key.startswith(f"{layer}._all_weight_values.")]
+
+
+def _recurrent_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the layers whose packed weights torch keeps in its state dict as objects, which only a pickle could hold."""
+    for name, layer in kernel_modules(model):
+        if hasattr(layer, "_all_weight_values"):
+            yield name, layer
+
+
 def kernel_modules(int8: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the modules that hold packed int8 weights."""
     for name, child in int8.named_modules():

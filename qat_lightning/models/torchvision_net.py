@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models
 
@@ -23,7 +24,7 @@ def torchvision_net(name: str, num_classes: int = 1000, weights: str | None = No
     Raises:
         ConfigurationError: an unknown name, or weights that are neither a file nor a name, or do not fit.
     """
-    if name not in list_models():
+    if name not in list_models(module=torchvision.models):
         raise ConfigurationError(f"Expected argument `name` to be a classification model of torchvision, but got {name!r}.")
     named = None if weights is None or _is_file(weights) else _named_weights(name, weights)
     net: nn.Module = get_model(name, weights=named)

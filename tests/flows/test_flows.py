@@ -155,7 +155,7 @@ def test_optional_arguments_keep_their_default_without_an_example():
 
 @pytest.mark.parametrize("flow", ["fx", "eager"])
 def test_plain_attributes_survive(flow):
-    prepared = prepare(ModuleNet(), QAT(flow=flow))
+    prepared, _ = quantize(ModuleNet(), QAT(flow=flow), Call((IMAGES,), {}))
     assert (prepared.width, copy.deepcopy(prepared).width, convert(prepared).width) == (8, 8, 8)
 
 
@@ -189,7 +189,7 @@ def test_state_dicts_fit_from_the_start(flow):
 @pytest.mark.parametrize("flow", ["fx", "eager"])
 def test_preparing_leaves_the_random_numbers_alone(flow):
     net, state = ModuleNet(), torch.get_rng_state()
-    convert(prepare(net, QAT(flow=flow)))
+    convert(calibrate(prepare(net, StaticPTQ(flow=flow)), [IMAGES]))
     assert torch.equal(torch.get_rng_state(), state)
 
 
