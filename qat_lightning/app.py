@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_original_cwd
@@ -265,8 +264,6 @@ def _quantize(this: Run, quantization: Quantization) -> Outcome:
         accuracies = _train_quantization_aware(this, quantization, callback)
     else:
         accuracies = _train_and_quantize(this, callback)
-    if not _is_first_process():
-        return Outcome()
     return _finish(this, callback, accuracies)
 
 
@@ -334,16 +331,6 @@ def _test(this: Run, trainer: Trainer, model: LightningModule, verbose: bool = F
         warnings.warn(f"The model logs no {name!r} in its test steps, only {sorted(metrics)}: choose one with metric=NAME.", stacklevel=2)
         return None
     return float(metrics[name])
-
-
-def _is_first_process() -> bool:
-    """Leave the process group, if there is one, and tell whether this process goes on alone."""
-    if not torch.distributed.is_initialized():
-        return True
-    rank = torch.distributed.get_rank()
-    # Metrics synchronise for as long as there is a group, and the int8 model is tested by one process.
-    torch.distributed.destroy_process_group()
-    return rank == 0
 
 
 def _name(this: Run, group: str) -> str:

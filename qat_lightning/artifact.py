@@ -100,17 +100,17 @@ def _rebuild(target: nn.Module, plan: Plan, folder: Path) -> nn.Module:
 
 
 def _load_weights(folder: Path, model: ModuleT, name: str) -> ModuleT:
+    _, targets = already(model)
     try:
         with quiet():
             weights = torch.load(folder / WEIGHTS, weights_only=True, map_location="cpu")
-            flow = _flow_of(already(model)[1])
+            flow = _flow_of(targets)
             _check_shapes(flow.portable_state(model), weights)
             flow.load_portable_state(model, weights)
     except FileNotFoundError:
         raise ArtifactError(f"{folder} has no {WEIGHTS}: the artifact is incomplete.") from None
     except Exception as error:
         raise ArtifactError(f"The weights in {folder} do not fit {name}: {error}") from error
-    _, targets = already(model)
     for target in targets.values():
         plan = _plan_of(target)
         get_flow(plan.flow).pack(target, plan)

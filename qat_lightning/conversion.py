@@ -58,13 +58,14 @@ def rehearse(name: str, module: nn.Module, plan: Plan, call: Call | None = None)
     try:
         rehearsed = _prepare_if_float(rehearsed, plan)
         if call is None:
-            _convert(rehearsed, plan)
+            convert_planned(rehearsed, plan)
             return
         example = to_cpu_float(call)
         if plan.observer is not None:
             calibrate([rehearsed.eval()], [example], lambda one: one.run(rehearsed))
-        check_ranges(rehearsed, f"module {name!r}")
-        rehearsed = _convert(rehearsed, plan)
+        else:
+            check_ranges(rehearsed, f"module {name!r}")
+        rehearsed = convert_planned(rehearsed, plan)
         with torch.inference_mode():
             example.run(rehearsed)
     except QuantizationError:
@@ -105,13 +106,14 @@ def quantize_copy(
     first = _First(batches, PARITY_BATCHES)
     if isinstance(recipe, StaticPTQ):
         calibrate(prepared.values(), first, step, recipe.calibration_batches, progress=True)
-    for name, target in prepared.items():
-        apply_phase(target, IDLE)
-        check_ranges(target, f"module {name!r}")
+    else:
+        for name, target in prepared.items():
+            apply_phase(target, IDLE)
+            check_ranges(target, f"module {name!r}")
     sample = first.batches()
     calls = _captured(prepared, sample, step)
     single = _captured(prepared, [first_of_batch(sample[0])] if sample else [], step)
-    int8 = {name: _convert(copy.deepcopy(target), plans[name]) for name, target in prepared.items()}
+    int8 = {name: convert_planned(copy.deepcopy(target), plans[name]) for name, target in prepared.items()}
     parity = None if isinstance(recipe, DynamicPTQ) else _parity(prepared, int8, plans, calls)
     for name, target in int8.items():
         module.set_submodule(name, target)
@@ -157,10 +159,6 @@ class _First:
 
 def _prepare_if_float(module: nn.Module, plan: Plan) -> nn.Module:
     return module if plan.recipe == DynamicPTQ.name or plan_of(module) is not None else prepare_planned(module, plan)
-
-
-def _convert(module: nn.Module, plan: Plan) -> nn.Module:
-    return convert_planned(module.eval(), plan)
 
 
 def _captured(targets: Mapping[str, nn.Module], batches: Sequence[Any], step: Callable[[Any], Any]) -> dict[str, list[Call]]:

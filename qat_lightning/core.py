@@ -18,6 +18,7 @@ from qat_lightning.report import LayerParity
 
 _PREPARED = "prepared"
 _INT8 = "int8"
+_MARK = "_qat_lightning"
 
 
 def prepare(module: nn.Module, recipe: Recipe | str, example: Call | None = None) -> nn.Module:
@@ -163,18 +164,15 @@ def _require_prepared(module: nn.Module) -> Plan:
 
 
 def _mark(module: nn.Module, key: str, plan: Plan) -> nn.Module:
-    marks = _marks(module)
-    marks.clear()
-    marks[key] = plan
+    _home(module)[_MARK] = {key: plan}
     return module
 
 
 def _read(module: nn.Module, key: str) -> Plan | None:
-    return _marks(module).get(key)
+    marks: dict[str, Plan] = _home(module).get(_MARK, {})
+    return marks.get(key)
 
 
-def _marks(module: nn.Module) -> dict[str, Plan]:
+def _home(module: nn.Module) -> dict[str, Any]:
     # A GraphModule keeps nothing but its `meta` when it is copied.
-    home = module.meta if isinstance(module, fx.GraphModule) else vars(module)
-    marks: dict[str, Plan] = home.setdefault("_qat_lightning", {})
-    return marks
+    return module.meta if isinstance(module, fx.GraphModule) else vars(module)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qat_lightning.affine import QParams, step_difference
 from qat_lightning.report import LayerParity
-
-TOLERATED_STEPS = 1
 
 
 @dataclass(frozen=True)
@@ -20,28 +19,29 @@ class Reference:
 
     Args:
         value: the rounded output, float32.
-        scale: its quantization step.
-        zero_point: its zero point.
+        qparams: the grid it lies on.
     """
 
     value: Tensor
-    scale: float
-    zero_point: int
+    qparams: QParams
 
     def fits(self, output: Tensor) -> bool:
         """Whether ``output``, an int8 tensor, can be the same value."""
-        return output.shape == self.value.shape and _same_grid(output, self)
+        # float32 buffers become Python floats on the way; anything but the same number would be another grid.
+        scale = float(torch.tensor(output.q_scale(), dtype=torch.float32))
+        return output.shape == self.value.shape and (scale, output.q_zero_point()) == (self.qparams.scale, self.qparams.zero_point)
 
     def quantized(self) -> Tensor:
         """Return the value as uint8."""
-        return torch.quantize_per_tensor(self.value.float(), self.scale, self.zero_point, torch.quint8)
+        return torch.quantize_per_tensor(self.value, self.qparams.scale, self.qparams.zero_point, torch.quint8)
 
 
 def compare(layer: str, output: Tensor, reference: Reference) -> LayerParity:
     """Return by how many steps the int8 ``output`` of ``layer`` is off."""
-    difference = (output.int_repr().int() - reference.quantized().int_repr().int()).abs()
-    largest = int(difference.max()) if difference.numel() else 0
-    return LayerParity(layer=layer, max_steps=largest, differing=float((difference > 0).float().mean()) if difference.numel() else 0.0)
+    difference = step_difference(output.dequantize(), reference.value, reference.qparams)
+    if difference.numel() == 0:
+        return LayerParity(layer=layer, max_steps=0, differing=0.0)
+    return LayerParity(layer=layer, max_steps=int(difference.max()), differing=float((difference > 0).float().mean()))
 
 
 def merge(found: list[LayerParity]) -> tuple[LayerParity, ...]:
@@ -57,8 +57,3 @@ def merge(found: list[LayerParity]) -> tuple[LayerParity, ...]:
         )
         for layer, entries in groups.items()
     )
-
-
-def _same_grid(output: Tensor, reference: Reference) -> bool:
-    # float32 buffers become Python floats on the way; anything but the same number would be another grid.
-    return float(torch.tensor(output.q_scale(), dtype=torch.float32)) == reference.scale and output.q_zero_point() == reference.zero_point

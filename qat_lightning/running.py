@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qat_lightning.modes import evaluating
 from qat_lightning.plan import Call
 from qat_lightning.targets import capture_calls
 
@@ -110,14 +111,10 @@ def example_calls(module: LightningModule, targets: Mapping[str, nn.Module]) -> 
         return {}
 
     def run() -> None:
-        modes = {child: child.training for child in module.modules()}
-        module.eval()
-        with torch.no_grad():
+        with evaluating(module), torch.no_grad():
             if isinstance(example, Mapping):
                 module(**example)
             else:
                 module(*example) if isinstance(example, tuple) else module(example)
-        for child, mode in modes.items():
-            child.training = mode
 
     return {name: calls[0] for name, calls in capture_calls(targets, run).items() if calls}

@@ -35,17 +35,18 @@ from qat_lightning.flows.base import Parent, with_parent
 from qat_lightning.flows.blame import line_of_node
 from qat_lightning.flows.torch_ao import (
     dynamic_qconfig,
-    fake_quants,
     initialize,
     layer_reports,
     limit_activation,
     load_portable_state,
     pack,
     portable_state,
+    reference_of,
     static_qconfig,
 )
 from qat_lightning.fusion import check_groups, find_groups
 from qat_lightning.models.layers import Add
+from qat_lightning.observers import fake_quants
 from qat_lightning.parity import Reference, compare
 from qat_lightning.plan import Call, Plan
 from qat_lightning.report import LayerParity, LayerReport
@@ -101,7 +102,7 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
         _add_stubs(module, plan)
         prepared = prepare_qat(module.train(), inplace=True)
     if any(layer.kernel.activation_bits < 8 for layer in plan.layers.values()):
-        for _, fake_quant in fake_quants(prepared):  # without a graph nobody knows which output feeds which layer
+        for fake_quant in fake_quants(prepared):  # without a graph nobody knows which output feeds which layer
             limit_activation(fake_quant, 7)
     initialize(prepared)
     return cast(nn.Module, prepared.train(training))
@@ -317,9 +318,7 @@ def _record(prepared: nn.Module, call: Call) -> dict[str, list[Reference]]:
 
     def hook(owner: str) -> Callable[..., None]:
         def keep(module: Any, args: Any, output: Tensor) -> None:
-            scale, zero_point = module.calculate_qparams()
-            reference = Reference(output.detach(), float(scale.flatten()[0]), int(zero_point.flatten()[0]))
-            references.setdefault(owner, []).append(reference)
+            references.setdefault(owner, []).append(reference_of(module, output))
 
         return keep
 

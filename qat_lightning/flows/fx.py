@@ -34,8 +34,10 @@ from qat_lightning.flows.torch_ao import (
     pack,
     planned_layer,
     portable_state,
+    reference_of,
     static_qconfig,
 )
+from qat_lightning.modes import evaluating
 from qat_lightning.parity import Reference, compare
 from qat_lightning.plan import Call, Plan
 from qat_lightning.report import LayerParity, LayerReport
@@ -209,11 +211,8 @@ def _modularise_dropout(module: fx.GraphModule, node: fx.Node) -> None:
 
 def _refuse_training_branches(module: nn.Module, plan: Plan, training_graph: fx.Graph) -> None:
     """A trace bakes in one side of ``if self.training``; refuse unless both sides are the same graph."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    evaluation_graph = trace(module, plan)
-    for child, mode in modes.items():
-        child.training = mode
+    with evaluating(module):
+        evaluation_graph = trace(module, plan)
     for one, other in zip(training_graph.nodes, evaluation_graph.nodes, strict=False):
         if (one.op, one.target) != (other.op, other.target):
             raise UnsupportedModelError(
@@ -352,8 +351,7 @@ class _Recorder(fx.Interpreter):
         output = super().call_module(target, args, kwargs)
         module = self.fetch_attr(target)
         if isinstance(module, FakeQuantizeBase) and isinstance(output, Tensor):
-            scale, zero_point = module.calculate_qparams()
-            self.references.append(Reference(output.detach(), float(scale.flatten()[0]), int(zero_point.flatten()[0])))
+            self.references.append(reference_of(module, output))
         return output
 
 

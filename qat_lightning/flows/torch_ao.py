@@ -18,9 +18,11 @@ from torch.ao.quantization import (
     per_channel_dynamic_qconfig,
 )
 
-from qat_lightning.affine import SMALLEST_SCALE
+from qat_lightning.affine import SMALLEST_SCALE, QParams
 from qat_lightning.backend import engine
 from qat_lightning.deprecation import quiet
+from qat_lightning.observers import fake_quants
+from qat_lightning.parity import Reference
 from qat_lightning.plan import LayerPlan, Plan
 from qat_lightning.report import LayerReport
 
@@ -192,22 +194,22 @@ def dynamic_qconfig(plan: LayerPlan) -> QConfig:
     return per_channel_dynamic_qconfig if plan.per_channel else default_dynamic_qconfig
 
 
-def fake_quants(module: nn.Module) -> Iterator[tuple[str, FakeQuantizeBase]]:
-    """Yield the fake-quant modules, activations' and weights'."""
-    for name, child in module.named_modules():
-        if isinstance(child, FakeQuantizeBase):
-            yield name, child
-
-
 def initialize(prepared: nn.Module) -> None:
     """Give every weight its scale, so that no buffer grows later, and switch everything off."""
     for layer in prepared.modules():
         fake_quant, weight = getattr(layer, "weight_fake_quant", None), getattr(layer, "weight", None)
         if isinstance(fake_quant, WeightFakeQuantize) and isinstance(weight, Tensor):
             fake_quant.measure(weight.detach())
-    for _, fake_quant in fake_quants(prepared):
+    for fake_quant in fake_quants(prepared):
         fake_quant.disable_observer()
         fake_quant.disable_fake_quant()
+
+
+def reference_of(fake_quant: Any, output: Tensor) -> Reference:
+    """Return what an activation fake-quant gave, with the grid it lies on."""
+    scale, zero_point = fake_quant.calculate_qparams()
+    qparams = QParams(float(scale.flatten()[0]), int(zero_point.flatten()[0]), q_min=0, q_max=255)
+    return Reference(output.detach().float(), qparams)
 
 
 def planned_layer(plan: Plan, name: str) -> LayerPlan | None:
@@ -220,11 +222,10 @@ def pack(int8: nn.Module, plan: Plan) -> None:
     for name, layer in kernel_modules(int8):
         planned = planned_layer(plan, name)
         with quiet(), engine(planned.kernel.engine if planned else plan.backend):
-            weights = layer._weight_bias()
-            if isinstance(weights, dict):  # recurrent layers give two mappings and take one
-                layer.set_weight_bias({**weights["weight"], **weights["bias"]})
+            if hasattr(layer, "_all_weight_values"):
+                layer.set_weight_bias(_recurrent_weights(layer))
             else:
-                layer.set_weight_bias(*weights)
+                layer.set_weight_bias(*layer._weight_bias())
 
 
 def portable_state(model: nn.Module) -> dict[str, Any]:
@@ -233,19 +234,23 @@ def portable_state(model: nn.Module) -> dict[str, Any]:
     for name, layer in _recurrent_modules(model):
         for key in _packed_names(state, name):
             del state[key]
-        weights = layer._weight_bias()
-        state.update({f"{name}.{key}": tensor for key, tensor in {**weights["weight"], **weights["bias"]}.items()})
+        state.update({f"{name}.{key}": tensor for key, tensor in _recurrent_weights(layer).items()})
     return state
 
 
 def load_portable_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Load what :func:`portable_state` returned, which is used up; see :class:`qat_lightning.flows.base.Flow`."""
     for name, layer in _recurrent_modules(model):
-        weights = layer._weight_bias()
-        layer.set_weight_bias({key: state.pop(f"{name}.{key}") for key in (*weights["weight"], *weights["bias"])})
+        layer.set_weight_bias({key: state.pop(f"{name}.{key}") for key in _recurrent_weights(layer)})
         own = model.state_dict()
         state.update({key: own[key] for key in _packed_names(own, name)})
     model.load_state_dict(state)
+
+
+def _recurrent_weights(layer: Any) -> dict[str, Tensor]:
+    """Return weights and biases in one mapping, as ``set_weight_bias`` takes them; torch gives them in two."""
+    weights = layer._weight_bias()
+    return {**weights["weight"], **weights["bias"]}
 
 
 def _packed_names(state: dict[str, Any], layer: str) -> list[str]:
