@@ -270,6 +270,8 @@ def _runs_in_float(name: str, child: nn.Module, plan: Plan) -> bool:
         return True
     is_layer = next(child.children(), None) is None
     swapped = {*get_default_static_quant_module_mappings(), *DEFAULT_MODULE_TO_ACT_POST_PROCESS}
+    # torch's int8 ReLU6 keeps the grid of its input, whatever range training has given its output.
+    swapped.discard(nn.ReLU6)
     return is_layer and type(child) not in EXACT_TYPES and type(child) not in swapped
 
 

@@ -274,3 +274,12 @@ def test_nan_that_the_network_makes():
 def test_wrong_uses(run, message):
     with pytest.raises(ConfigurationError, match=message):
         run()
+
+
+@pytest.mark.parametrize("flow", ["fx", "eager"])
+def test_relu6_behind_a_wide_convolution_has_the_grid_it_was_given(flow):
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 1))
+    with torch.no_grad():
+        net[0].weight.copy_(30 * torch.randn(8, 1, 3, 3, generator=torch.Generator().manual_seed(0)))
+    prepared, int8 = quantize(net, StaticPTQ(flow=flow), Call((IMAGES,), {}))
+    assert max(layer.max_steps for layer in measure_parity(prepared, int8, [IMAGES])) <= 1
