@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat_lightning.artifact import save_quantized
 from qat_lightning.callback import QuantizationCallback
 from qat_lightning.checkpoint import load_float_weights
+from qat_lightning.distributed import ALONE, Processes, alone, fail_together
 from qat_lightning.errors import ConfigurationError, QuantizationError
 from qat_lightning.files import write_atomically
 from qat_lightning.instantiation import build, check_targets, make_importable
@@ -65,6 +66,7 @@ class Run:
         data: the data.
         loggers: the loggers of the run.
         quantization: None for float training.
+        processes: that train together.
     """
 
     config: dict[str, Any]
@@ -73,6 +75,7 @@ class Run:
     data: LightningDataModule
     loggers: list[Logger]
     quantization: Quantization | None
+    processes: Processes = ALONE
 
     def trainer(self, phase: str, callbacks: Sequence[Callback] = (), **arguments: Any) -> Trainer:
         """Return a new Trainer for one phase.
@@ -97,7 +100,7 @@ class Outcome:
 
     Args:
         accuracy: of the final model, a fraction of the test set; None if the model logs none.
-        report: what the quantization did; None for float training.
+        report: what the quantization did; None for float training, and on any process but rank zero.
     """
 
     accuracy: float | None = None
@@ -111,7 +114,8 @@ def run(cfg: DictConfig) -> float | None:
         cfg: the config, composed by Hydra.
 
     Returns:
-        Accuracy of the final model, int8 where there is a recipe, for a Hydra sweeper to maximise; None if the model logs none.
+        Accuracy of the final model, int8 where there is a recipe, for a Hydra sweeper to maximise; None if the model logs none,
+        and where another process has the int8 model.
 
     Raises:
         QuantizationError: anything wrong with the config, before training where it can be known then.
@@ -196,10 +200,12 @@ def _build_run(config: dict[str, Any], folder: Path) -> Run:
         load_float_weights(model, path)
     # Without loggers, so that a refused run leaves no trace in them.
     this = Run(config, folder, model, data, [], quantization)
-    _refuse_parallel_multirun(this.trainer("float"))
-    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+    trainer = this.trainer("float")
+    _refuse_parallel_multirun(trainer)
+    if trainer.is_global_zero:
+        write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
     logger = config.get("logger")
-    return replace(this, loggers=[build(logger, "logger")] if logger else [])
+    return replace(this, loggers=[build(logger, "logger")] if logger else [], processes=Processes.of(trainer))
 
 
 def _build_quantization(config: dict[str, Any]) -> Quantization | None:
@@ -264,7 +270,8 @@ def _quantize(this: Run, quantization: Quantization) -> Outcome:
         accuracies = _train_quantization_aware(this, quantization, callback)
     else:
         accuracies = _train_and_quantize(this, callback)
-    return _finish(this, callback, accuracies)
+    with fail_together(this.processes), alone():
+        return _finish(this, callback, accuracies) if this.processes.rank == 0 else Outcome()
 
 
 def _train_quantization_aware(this: Run, quantization: Quantization, callback: QuantizationCallback) -> dict[str, float | None]:

@@ -9,6 +9,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qat_lightning.distributed import ALONE, Processes, alone, fail_together, merge_calibration
 from qat_lightning.errors import CalibrationError
 from qat_lightning.observers import apply_phase, check_ranges, freeze_ranges
 from qat_lightning.schedule import IDLE, Phase
@@ -22,18 +23,20 @@ def calibrate(
     step: Callable[[Any], Any],
     limit: int | None = None,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> int:
     """Let the observers of ``prepared`` watch ``batches``, then fix their ranges and switch fake-quant on.
 
     Args:
         prepared: modules from :func:`qat_lightning.prepare`, in eval mode.
-        batches: whatever ``step`` takes.
+        batches: whatever ``step`` takes; the part of this process.
         step: runs one batch through the modules.
-        limit: how many batches are used at most; None: all.
+        limit: how many batches this process uses at most; None: all.
         progress: show a progress bar.
+        processes: that share the calibration; all get the same ranges.
 
     Returns:
-        how many batches were used.
+        how many batches were used by all processes.
 
     Raises:
         CalibrationError: no batch, or NaN or infinite values in a batch or an activation.
@@ -41,19 +44,26 @@ def calibrate(
     modules = list(prepared)
     for module in modules:
         apply_phase(module, WATCHING)
-    chosen = islice(batches, limit)
-    count = 0
-    for batch in track(chosen, "Calibrating", total=limit) if progress else chosen:
-        refuse_nan(batch, count)
-        with torch.inference_mode():
-            step(batch)
-        count += 1
+    with fail_together(processes):
+        count = _watch(batches, step, limit, progress)
+    count = merge_calibration(modules, count, processes)
     if count == 0:
         raise CalibrationError("Calibration got no batch: the loader is empty. Give it at least one batch of training data.")
     for module in modules:
         check_ranges(module, "calibration")
         freeze_ranges(module)
         apply_phase(module, IDLE)
+    return count
+
+
+def _watch(batches: Iterable[Any], step: Callable[[Any], Any], limit: int | None, progress: bool) -> int:
+    chosen = islice(batches, limit)
+    count = 0
+    for batch in track(chosen, "Calibrating", total=limit) if progress else chosen:
+        refuse_nan(batch, count)
+        with alone(), torch.inference_mode():
+            step(batch)
+        count += 1
     return count
 
 

@@ -9,8 +9,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
+from qat_lightning.batch_norm import batch_norms, restore_batch_norms, with_batch_norms
 from qat_lightning.conversion import Baseline, quantize_copy, rehearse
 from qat_lightning.core import plan_of, prepare_planned, require_layers
+from qat_lightning.distributed import ALONE, Processes, synchronize_ranges
 from qat_lightning.environment import check_callbacks, check_trainer, counted_horizon_of, horizon_of, progress_of
 from qat_lightning.errors import CalibrationError, ConfigurationError, QuantizationError
 from qat_lightning.evaluation import serialized_bytes
@@ -72,6 +74,8 @@ class QuantizationCallback(Callback):
         self._phase: Phase | None = None
         self._rehearsed = False
         self._recorder: CallRecorder | None = None
+        self._batch_norms: dict[str, type[nn.Module]] = {}
+        self._processes = ALONE
         self._quantized: LightningModule | None = None
         self._report: Report | None = None
 
@@ -82,25 +86,30 @@ class QuantizationCallback(Callback):
 
     @property
     def quantized_module(self) -> LightningModule:
-        """The int8 copy of the LightningModule, on the CPU.
+        """The int8 copy of the LightningModule, on the CPU; under DDP on rank zero alone.
 
         Raises:
-            QuantizationError: no fit has ended yet.
+            QuantizationError: no fit has ended yet, or this process is not rank zero.
         """
         if self._quantized is None:
-            raise QuantizationError("There is no quantized module yet: it is made at the end of trainer.fit.")
+            raise QuantizationError(self._why_none("quantized module"))
         return self._quantized
 
     @property
     def report(self) -> Report:
-        """What became of size, latency and parity, and of accuracy where ``trainer.test`` has measured it.
+        """What became of size, latency and parity, and of accuracy where ``trainer.test`` has measured it; under DDP on rank zero alone.
 
         Raises:
-            QuantizationError: no fit has ended yet.
+            QuantizationError: no fit has ended yet, or this process is not rank zero.
         """
         if self._report is None:
-            raise QuantizationError("There is no report yet: it is made at the end of trainer.fit.")
+            raise QuantizationError(self._why_none("report"))
         return self._report
+
+    def _why_none(self, what: str) -> str:
+        if self._processes.rank:
+            return f"The {what} lies on rank zero, and this process is rank {self._processes.rank}: ask for it if trainer.is_global_zero."
+        return f"There is no {what} yet: it is made at the end of trainer.fit."
 
     def calibration_step(self, module: LightningModule, batch: Any) -> None:
         """Run one calibration batch through ``module``; override it for a module that needs something else.
@@ -129,10 +138,12 @@ class QuantizationCallback(Callback):
         if stage == "fit" and isinstance(self._recipe, QAT) and not getattr(trainer, "fast_dev_run", False):
             check_reachable(self._recipe, horizon_of(trainer))
             check_callbacks(trainer, self._recipe)
+        self._processes = Processes.of(trainer)
         if is_overridden("configure_model", pl_module):
             self._prepare_after_configure_model(pl_module, stage)
         else:
             self._prepare(pl_module, stage)
+            self._batch_norms = batch_norms(pl_module)
 
     def _prepare_after_configure_model(self, pl_module: LightningModule, stage: str) -> None:
         """Let ``configure_model``, which runs after setup and before weights are restored, prepare what it has built."""
@@ -141,6 +152,7 @@ class QuantizationCallback(Callback):
             vars(pl_module).pop("configure_model", None)
             pl_module.configure_model()
             self._prepare(pl_module, stage)
+            self._batch_norms = batch_norms(pl_module)
 
         vars(pl_module)["configure_model"] = configure_model
 
@@ -207,13 +219,16 @@ class QuantizationCallback(Callback):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After the first batch, run an int8 copy on what the module was given: better to fail now than after a night."""
+        """Share ranges with the other processes, and after the first batch run an int8 copy: better to fail now than after a night."""
+        if self._processes.count > 1 and self._phase is not None and self._phase.observers:
+            synchronize_ranges(already(pl_module)[0].values())
         if self._recorder is None:
             return
         calls, self._recorder, self._rehearsed = self._recorder.stop(), None, True
+        module = with_batch_norms(pl_module, self._batch_norms)
         for name, plan in self._plans.items():
             if calls[name]:
-                rehearse(name, pl_module.get_submodule(name), plan, calls[name][0])
+                rehearse(name, module.get_submodule(name), plan, calls[name][0])
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -254,15 +269,16 @@ class QuantizationCallback(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the int8 copy and the report; the trained module is left as it is."""
-        batches = self._calibration_data if self._calibration_data is not None else calibration_batches(trainer)
+        restore_batch_norms(pl_module, self._batch_norms)
+        batches = calibration_batches(trainer, self._calibration_data)
         quantized = clone(pl_module).cpu().eval()
         with attached(quantized, trainer):
 
             def step(batch: Any) -> None:
                 self.calibration_step(quantized, to_device(quantized, batch))
 
-            self._report = quantize_copy(quantized, self._plans, self._recipe, batches, step, self._baseline)
-        self._quantized = quantized
+            self._report = quantize_copy(quantized, self._plans, self._recipe, batches, step, self._baseline, self._processes)
+        self._quantized = None if self._report is None else quantized
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from qat_lightning.backend import cpu_name
 from qat_lightning.calibration import calibrate
 from qat_lightning.core import convert_planned, plan_of, prepare_planned
+from qat_lightning.distributed import ALONE, Processes, alone, fail_together
 from qat_lightning.errors import QuantizationError, UnsupportedModelError
 from qat_lightning.evaluation import interleaved_medians, serialized_bytes
 from qat_lightning.flows import get_flow
@@ -86,31 +87,52 @@ def quantize_copy(
     batches: Iterable[Any],
     step: Callable[[Any], Any],
     baseline: Baseline,
-) -> Report:
+    processes: Processes = ALONE,
+) -> Report | None:
     """Swap the targets of ``module`` for int8 ones, and report.
 
     Args:
-        module: a copy of the trained module, on the CPU in eval mode; it becomes the int8 module.
+        module: a copy of the trained module, on the CPU in eval mode; on rank zero it becomes the int8 module.
         plans: of its targets, prepared already in QAT.
         recipe: what to do.
-        batches: for calibration, parity and latency.
+        batches: for calibration, parity and latency; the part of this process.
         step: runs one batch through ``module``.
         baseline: the float model.
+        processes: of the run; all of them calibrate, rank zero converts while the others wait.
+
+    Returns:
+        the report, on rank zero.
 
     Raises:
         CalibrationError: no data, or NaN in it.
+        QuantizationError: another process has failed.
     """
     prepared = {name: _prepare_if_float(module.get_submodule(name), plan) for name, plan in plans.items()}
     for name, target in prepared.items():
         module.set_submodule(name, target.eval())
     first = _First(batches, PARITY_BATCHES)
     if isinstance(recipe, StaticPTQ):
-        calibrate(prepared.values(), first, step, recipe.calibration_batches, progress=True)
-    else:
+        limit = processes.part_of(recipe.calibration_batches)
+        calibrate(prepared.values(), first, step, limit, progress=processes.rank == 0, processes=processes)
+    with fail_together(processes):
+        sample = first.batches()
+        with alone():
+            return _convert(module, prepared, plans, recipe, sample, step, baseline) if processes.rank == 0 else None
+
+
+def _convert(
+    module: LightningModule,
+    prepared: Mapping[str, nn.Module],
+    plans: Mapping[str, Plan],
+    recipe: Recipe,
+    sample: Sequence[Any],
+    step: Callable[[Any], Any],
+    baseline: Baseline,
+) -> Report:
+    if not isinstance(recipe, StaticPTQ):
         for name, target in prepared.items():
             apply_phase(target, IDLE)
             check_ranges(target, f"module {name!r}")
-    sample = first.batches()
     calls = _captured(prepared, sample, step)
     single = _captured(prepared, [first_of_batch(sample[0])] if sample else [], step)
     int8 = {name: convert_planned(copy.deepcopy(target), plans[name]) for name, target in prepared.items()}

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.recipe import QAT
@@ -20,15 +21,28 @@ def check_trainer(trainer: Trainer) -> None:
     Raises:
         ConfigurationError: names what was given and what to use instead.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        raise ConfigurationError(
-            f"{type(trainer.strategy).__name__} is not supported: each process would learn activation ranges from its own data, and "
-            f"sharded or spawned modules lose the fake-quant. Use Trainer(devices=1, strategy='auto')."
-        )
+    _check_strategy(trainer)
     if trainer.precision not in PRECISIONS:
         raise ConfigurationError(
             f"precision={trainer.precision!r} is not supported: scales need float32 weights. Use one of {PRECISIONS}; "
             f"under the mixed ones fake-quant is computed in float32."
+        )
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    strategy = trainer.strategy
+    if isinstance(strategy, SingleDeviceStrategy):
+        return
+    if not isinstance(strategy, DDPStrategy) or strategy.restore_checkpoint_after_setup:
+        raise ConfigurationError(
+            f"{type(strategy).__name__} is not supported: quantization needs every layer whole on each device, and weights that are "
+            f"restored before the optimizer is made. Use Trainer(strategy='ddp'), or Trainer(devices=1, strategy='auto')."
+        )
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise ConfigurationError(
+            f"{type(strategy).__name__} with start_method={strategy.launcher._start_method!r} is not supported: the process that called "
+            f"trainer.fit never sees the module that its child processes quantize. Use Trainer(strategy='ddp') in a script, where each "
+            f"process runs the script; in a notebook Trainer(devices=1, strategy='auto')."
         )
 
 

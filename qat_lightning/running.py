@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qat_lightning.distributed import Processes, own_share
 from qat_lightning.modes import evaluating
 from qat_lightning.plan import Call
 from qat_lightning.targets import capture_calls
@@ -72,12 +73,20 @@ def evaluation_step(module: LightningModule, batch: Any) -> Any:
     return module.predict_step(batch)
 
 
-def calibration_batches(trainer: Trainer) -> Iterable[Any]:
-    """Return training batches, in evaluation transforms where the datamodule has a ``calibration_dataloader``."""
+def calibration_batches(trainer: Trainer, given: Iterable[Any] | None) -> Iterable[Any]:
+    """Return the batches for calibration of this process.
+
+    Args:
+        trainer: after a fit.
+        given: what the user has chosen; None takes the datamodule's ``calibration_dataloader`` where it has one, which is for
+            evaluation transforms, else the training batches.
+    """
     datamodule = getattr(trainer, "datamodule", None)
-    if datamodule is not None and hasattr(datamodule, "calibration_dataloader"):
-        batches: Iterable[Any] = datamodule.calibration_dataloader()
-        return batches
+    if given is None and datamodule is not None and hasattr(datamodule, "calibration_dataloader"):
+        given = datamodule.calibration_dataloader()
+    if given is not None:
+        return own_share(given, Processes.of(trainer))
+    # Of these, Lightning has given each process its own.
     return trainer.train_dataloader if trainer.train_dataloader is not None else ()
 
 

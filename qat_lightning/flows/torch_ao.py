@@ -55,6 +55,23 @@ class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
             return self.scale, self.zero_point
         return super().calculate_qparams()
 
+    def follow_observer(self) -> None:
+        """Set scale and zero point for the range that the observer holds, by the formula of the forward pass."""
+        observer, on = self.activation_post_process, torch.ones_like(self.observer_enabled)
+        torch.fused_moving_avg_obs_fake_quant(
+            observer.min_val.reshape(1),
+            on,
+            on,
+            observer.min_val,
+            observer.max_val,
+            self.scale,
+            self.zero_point,
+            0.0,  # the weight of the values given, so that the range stays as it is
+            observer.quant_min,
+            observer.quant_max,
+            self.ch_axis,
+        )
+
 
 class WeightFakeQuantize(FakeQuantize):
     """Symmetric fake-quant of weights: the scale puts the largest magnitude, of a channel or of the tensor, on 127.
