@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
-from qat_lightning.batch_norm import batch_norms, restore_batch_norms, with_batch_norms
+from qat_lightning.batch_norm import batch_norms, pass_hooks_on, put_back, with_batch_norms
 from qat_lightning.conversion import Baseline, quantize_copy, rehearse
 from qat_lightning.core import plan_of, prepare_planned, require_layers
 from qat_lightning.distributed import ALONE, Processes, synchronize_ranges
@@ -74,7 +74,7 @@ class QuantizationCallback(Callback):
         self._phase: Phase | None = None
         self._rehearsed = False
         self._recorder: CallRecorder | None = None
-        self._batch_norms: dict[str, type[nn.Module]] = {}
+        self._batch_norms: dict[str, nn.Module] = {}
         self._processes = ALONE
         self._quantized: LightningModule | None = None
         self._report: Report | None = None
@@ -196,6 +196,11 @@ class QuantizationCallback(Callback):
         require_layers(plans)
         return {name: plan for name, plan in plans.items() if plan.layers}
 
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the rounding of BatchNorm layers that ``sync_batchnorm`` has replaced since setup."""
+        pass_hooks_on(pl_module, self._batch_norms)
+
     # --- schedule --------------------------------------------------------------------------------------------------------
 
     @override
@@ -269,7 +274,7 @@ class QuantizationCallback(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the int8 copy and the report; the trained module is left as it is."""
-        restore_batch_norms(pl_module, self._batch_norms)
+        put_back(pl_module, self._batch_norms)
         batches = calibration_batches(trainer, self._calibration_data)
         quantized = clone(pl_module).cpu().eval()
         with attached(quantized, trainer):

@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat_lightning import When
-from tests.two_processes import CALIBRATION, FLOWS, OBSERVERS, STEPS, TWO_BATCHES, calibration, ranges, training
+from qat_lightning import QAT, QuantizationCallback, StaticPTQ, When
+from tests.nets import Plain, fit
+from tests.two_processes import CALIBRATION, FLOWS, FRACTIONS, OBSERVERS, STEPS, TWO_BATCHES, calibration, ranges, training
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -186,6 +192,63 @@ def test_no_process_waits_for_one_that_has_failed(flow, found):
         "QuantizationError: The process of rank 1 has failed: CalibrationError: Calibration batch 0"
     )
     assert found[1][flow]["failure"].startswith("CalibrationError: Calibration batch 0 holds NaN")
+
+
+# --- synchronized BatchNorm --------------------------------------------------------------------------------------------------
+
+
+class Synchronized(SingleDeviceStrategy):
+    """Replaces BatchNorm as DDP does with ``sync_batchnorm=True``; torch wants a GPU for the synchronization itself."""
+
+    def setup(self, trainer):
+        self.model = TorchSyncBatchNorm().apply(self.model)
+        super().setup(trainer)
+
+    def teardown(self):
+        TorchSyncBatchNorm().revert(self.lightning_module)
+        super().teardown()
+
+
+class OneOnItsOwn(nn.Sequential):
+    """A BatchNorm behind a convolution, and one that nothing can be fused with."""
+
+    def __init__(self):
+        super().__init__(
+            *(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 4))
+        )
+
+
+class Classes(Callback):
+    """Keeps what kinds of BatchNorm are trained."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.trained = {type(child) for child in pl_module.modules() if isinstance(child, _BatchNorm)}
+
+
+RECIPES = {"qat": lambda flow: QAT(flow=flow, **FRACTIONS), "ptq": lambda flow: StaticPTQ(flow=flow, calibration_batches=2)}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_synchronized_batch_norm_trains_and_converts_like_any_other(flow, recipe):
+    ends = []
+    for strategy in ("auto", Synchronized(device="cpu")):
+        seed_everything(3)
+        callback, classes = QuantizationCallback(RECIPES[recipe](flow)), Classes()
+        module, _ = fit(callback, Plain(OneOnItsOwn()), watching=[classes], strategy=strategy)
+        assert classes.trained == {nn.BatchNorm2d if strategy == "auto" else nn.SyncBatchNorm}
+        assert {type(child) for child in module.modules() if isinstance(child, _BatchNorm)} == {nn.BatchNorm2d}
+        assert callback.report.parity_passed
+        ends.append((module.state_dict(), callback.report.layers))
+    (plain, layers), (synchronized, others) = ends
+    assert same(plain, synchronized) and layers == others
+
+
+def test_checkpoints_of_synchronized_batch_norm_fit_any_other(flow, tmp_path):
+    training(flow, checkpoint=tmp_path / "synchronized.ckpt", strategy=Synchronized(device="cpu"))
+    training(flow, checkpoint=tmp_path / "plain.ckpt")
+    for name, strategy in (("synchronized", "auto"), ("plain", Synchronized(device="cpu"))):
+        resumed, _ = training(flow, resume=tmp_path / f"{name}.ckpt", strategy=strategy)
+        assert same(resumed["start"], torch.load(tmp_path / f"{name}.ckpt", weights_only=False)["state_dict"]) and resumed["parity"]
 
 
 # --- the command line --------------------------------------------------------------------------------------------------------
