@@ -82,14 +82,14 @@ class Run:
 
         Args:
             phase: goes before the names of metrics, and is the folder of its checkpoints.
-            callbacks: in addition to those of the config.
+            callbacks: before those of the config.
             arguments: of the Trainer, in place of those of the config.
         """
         own = _build_callbacks(self.config["trainer"], phase)
         if arguments.get("enable_checkpointing") is False:
             own = [callback for callback in own if not isinstance(callback, Checkpoint)]
         loggers = [PhaseLogger(logger, phase) for logger in self.loggers]
-        trainer = build(self.config["trainer"], "trainer", callbacks=[*own, *callbacks], logger=loggers, **arguments)
+        trainer = build(self.config["trainer"], "trainer", callbacks=[*callbacks, *own], logger=loggers, **arguments)
         assert isinstance(trainer, Trainer)
         return trainer
 

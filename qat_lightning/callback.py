@@ -35,6 +35,7 @@ class QuantizationCallback(Callback):
     With :class:`QAT`, fake-quant is inserted at setup, observers and BatchNorm statistics freeze on schedule, and at the end of the fit
     a CPU copy is converted to int8. With :class:`StaticPTQ` and :class:`DynamicPTQ` the model trains in float and a copy is quantized
     at the end, or at once with ``max_epochs=0``. The trained module itself is never converted: it stays trainable and checkpointable.
+    Under DDP, ranges are those of the data of all processes, and rank zero converts.
 
     Args:
         recipe: what to do, or the name of a recipe with its defaults: ``"qat"``, ``"ptq"``, ``"dynamic"``.
@@ -137,7 +138,7 @@ class QuantizationCallback(Callback):
             )
         if stage == "fit" and isinstance(self._recipe, QAT) and not getattr(trainer, "fast_dev_run", False):
             check_reachable(self._recipe, horizon_of(trainer))
-            check_callbacks(trainer, self._recipe)
+            check_callbacks(trainer, self._recipe, self)
         self._processes = Processes.of(trainer)
         if is_overridden("configure_model", pl_module):
             self._prepare_after_configure_model(pl_module, stage)
@@ -226,7 +227,7 @@ class QuantizationCallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Share ranges with the other processes, and after the first batch run an int8 copy: better to fail now than after a night."""
         if self._processes.count > 1 and self._phase is not None and self._phase.observers:
-            synchronize_ranges(already(pl_module)[0].values())
+            synchronize_ranges(pl_module.get_submodule(name) for name in self._plans)
         if self._recorder is None:
             return
         calls, self._recorder, self._rehearsed = self._recorder.stop(), None, True

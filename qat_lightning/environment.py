@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import replace
+from itertools import takewhile
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -46,8 +47,13 @@ def _check_strategy(trainer: Trainer) -> None:
         )
 
 
-def check_callbacks(trainer: Trainer, recipe: QAT) -> None:
+def check_callbacks(trainer: Trainer, recipe: QAT, quantization: Callback) -> None:
     """Refuse a callback that undoes what the recipe does.
+
+    Args:
+        trainer: with its callbacks.
+        recipe: of ``quantization``.
+        quantization: the callback that carries the recipe out.
 
     Raises:
         ConfigurationError: names the callback and the way out.
@@ -56,6 +62,12 @@ def check_callbacks(trainer: Trainer, recipe: QAT) -> None:
         raise ConfigurationError(
             f"StochasticWeightAveraging measures BatchNorm's statistics anew at its end, which `freeze_bn={recipe.freeze_bn}` forbids: "
             f"the network would be left with mean 0 and variance 1. Use freeze_bn=None, or WeightAveraging."
+        )
+    before = takewhile(lambda callback: callback is not quantization, trainer.callbacks)  # type: ignore[attr-defined]
+    if trainer.world_size > 1 and any(isinstance(callback, WeightAveraging) for callback in before):
+        raise ConfigurationError(
+            "WeightAveraging stands before the QuantizationCallback in `callbacks`: after each batch it would average the ranges "
+            "of one process, before those of all are known. List it after the QuantizationCallback."
         )
 
 

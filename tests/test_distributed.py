@@ -194,6 +194,11 @@ def test_no_process_waits_for_one_that_has_failed(flow, found):
     assert found[1][flow]["failure"].startswith("CalibrationError: Calibration batch 0 holds NaN")
 
 
+def test_every_process_knows_that_one_has_diverged(flow, found):
+    ours, theirs = (process[flow]["divergence"] for process in found)
+    assert ours == theirs and "has seen NaN or infinite activations" in ours
+
+
 # --- synchronized BatchNorm --------------------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,17 @@
 import copy
+import os
 import re
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
 from qat_lightning import (
     QAT,
@@ -179,23 +185,62 @@ def test_stochastic_weight_averaging_with_frozen_statistics():
     assert not started.yes
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"strategy": "ddp", "devices": 2},
-        {"strategy": "ddp_spawn", "devices": 2},
-        {"strategy": "ddp_fork", "devices": 2},
-        {"strategy": "ddp", "devices": 1},
-        {"precision": "16-true"},
-        {"precision": "64-true"},
-    ],
-    ids=lambda arguments: "-".join(map(str, arguments.values())),
-)
+@pytest.mark.parametrize("precision", ["16-true", "64-true"])
 @pytest.mark.parametrize("recipe", ["qat", "ptq", "dynamic"])
-def test_trainers_that_cannot_quantize(arguments, recipe):
-    trainer = Trainer(**{**QUIET, **arguments})
-    with pytest.raises(ConfigurationError, match=r"(Strategy|precision='(16|64)-true') is not supported.*Use"):
+def test_precisions_that_cannot_quantize(precision, recipe):
+    trainer = Trainer(**QUIET, precision=precision)
+    with pytest.raises(ConfigurationError, match=r"precision='(16|64)-true' is not supported.*Use"):
         QuantizationCallback(recipe).setup(trainer, Plain(), "fit")
+
+
+class ShardedOnCPU(FSDPStrategy):
+    """Lightning wants a GPU for FSDPStrategy itself."""
+
+
+class DeepSpeedOfNoPackage(DeepSpeedStrategy):
+    """Lightning wants the package for DeepSpeedStrategy itself."""
+
+    def __init__(self):
+        DDPStrategy.__init__(self)
+
+    setup_environment, setup_distributed = DDPStrategy.setup_environment, DDPStrategy.setup_distributed
+
+
+CHILDREN = r"DDPStrategy with start_method='{}' is not supported.*strategy='ddp'"
+STRATEGIES = {
+    "ddp_spawn": ("ddp_spawn", CHILDREN.format("spawn")),
+    "ddp_fork": ("ddp_fork", CHILDREN.format("fork")),
+    "ddp_notebook": ("ddp_notebook", CHILDREN.format("fork")),
+    "fsdp": (ShardedOnCPU, r"ShardedOnCPU is not supported.*whole on each device.*strategy='ddp'"),
+    "deepspeed": (DeepSpeedOfNoPackage, r"DeepSpeedOfNoPackage is not supported.*strategy='ddp'"),
+    "model parallel": (ModelParallelStrategy, r"ModelParallelStrategy is not supported.*strategy='ddp'"),
+}
+
+
+@pytest.fixture
+def own_processes():
+    """Undo what a launcher leaves behind in this process."""
+    with patch.dict(os.environ):
+        yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("strategy", "message"), STRATEGIES.values(), ids=STRATEGIES)
+def test_strategies_that_cannot_quantize(strategy, message, own_processes):
+    started = Started()
+    # A child process hands its error on as text.
+    with pytest.raises((ConfigurationError, ProcessRaisedException), match=f"(?s){message}"):
+        fit(QuantizationCallback("qat"), watching=[started], devices=1, strategy=strategy if isinstance(strategy, str) else strategy())
+    assert not started.yes
+
+
+@pytest.mark.parametrize("averages_first", [True, False])
+def test_averages_are_taken_after_processes_have_shared_their_ranges(averages_first):
+    callbacks = [qat(), EMAWeightAveraging()]
+    trainer = Trainer(max_epochs=2, devices=2, strategy="ddp", callbacks=callbacks[::-1] if averages_first else callbacks, **QUIET)
+    with pytest.raises(ConfigurationError, match="List it after") if averages_first else nullcontext():
+        callbacks[0].setup(trainer, Plain(), "fit")
 
 
 def test_a_backend_that_torch_lacks(monkeypatch):

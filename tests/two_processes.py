@@ -185,6 +185,21 @@ def failure(flow, **trainer):
         return f"{type(error).__name__}: {error}"
 
 
+class Diverging(Plain):
+    """Gets NaN on rank 1."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch[0] * torch.nan if self.global_rank == 1 else batch[0], batch[1]), batch_idx)
+
+
+def divergence(flow, **trainer):
+    """Train with NaN on rank 1."""
+    try:
+        fit(QuantizationCallback(QAT(flow=flow)), Diverging(), **trainer)
+    except QuantizationError as error:
+        return str(error)
+
+
 # --- both processes ----------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +227,7 @@ def everything(flow, folder):
         found[observer] = calibration(flow, observer, **ddp)
     found["one batch"] = calibration(flow, data=CALIBRATION[:1], **ddp)
     found["training data"] = calibration(flow, data=None, batches=3, **ddp)
-    found["failure"] = failure(flow, **ddp)
+    found["failure"], found["divergence"] = failure(flow, **ddp), divergence(flow, **ddp)
     return found, callback
 
 

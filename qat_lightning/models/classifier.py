@@ -89,7 +89,7 @@ class Classifier(LightningModule):
         logits, labels = self._logits(batch), _labels(batch)
         loss: Tensor = self.loss(logits, labels)
         accuracy(logits, labels)
-        self.log(f"{stage}/loss", loss, batch_size=len(labels))
+        self.log(f"{stage}/loss", loss, batch_size=len(labels), sync_dist=stage != "train")
         self.log(f"{stage}/acc", accuracy, on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))
         return loss
 
