@@ -86,6 +86,7 @@ def quantize_copy(
     batches: Iterable[Any],
     step: Callable[[Any], Any],
     baseline: Baseline,
+    compare: bool = True,
 ) -> Report:
     """Swap the targets of ``module`` for int8 ones, and report.
 
@@ -96,6 +97,7 @@ def quantize_copy(
         batches: for calibration, parity and latency.
         step: runs one batch through ``module``.
         baseline: the float model.
+        compare: measure parity.
 
     Raises:
         CalibrationError: no data, or NaN in it.
@@ -114,7 +116,7 @@ def quantize_copy(
     calls = _captured(prepared, sample, step)
     single = _captured(prepared, [first_of_batch(sample[0])] if sample else [], step)
     int8 = {name: convert_planned(copy.deepcopy(target), plans[name]) for name, target in prepared.items()}
-    parity = None if isinstance(recipe, DynamicPTQ) else _parity(prepared, int8, plans, calls)
+    parity = None if isinstance(recipe, DynamicPTQ) or not compare else _parity(prepared, int8, plans, calls)
     for name, target in int8.items():
         module.set_submodule(name, target)
     float_ms, int8_ms = _latency(baseline.targets, int8, single)

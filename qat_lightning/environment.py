@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from qat_lightning.errors import ConfigurationError
@@ -42,6 +42,11 @@ def check_callbacks(trainer: Trainer, recipe: QAT) -> None:
         raise ConfigurationError(
             f"StochasticWeightAveraging measures BatchNorm's statistics anew at its end, which `freeze_bn={recipe.freeze_bn}` forbids: "
             f"the network would be left with mean 0 and variance 1. Use freeze_bn=None, or WeightAveraging."
+        )
+    if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigurationError(
+            "ModelPruning in the same fit would prune modules that fake-quant has replaced. Prune in a fit before, with "
+            "make_pruning_permanent=True (its default): the zeros are then kept, see `keep_zeros`."
         )
 
 
