@@ -2,8 +2,17 @@
 
 from qat_lightning.artifact import load_quantized, save_quantized
 from qat_lightning.callback import QuantizationCallback
+from qat_lightning.checkpoint import adopt_checkpoints, load_float_weights
 from qat_lightning.core import calibrate, convert, measure_parity, prepare, quantize_dynamic
-from qat_lightning.errors import ArtifactError, CalibrationError, ConfigurationError, QuantizationError, UnsupportedModelError
+from qat_lightning.errors import (
+    ArtifactError,
+    CalibrationError,
+    CheckpointError,
+    ConfigurationError,
+    ParityError,
+    QuantizationError,
+    UnsupportedModelError,
+)
 from qat_lightning.plan import Call
 from qat_lightning.recipe import QAT, DynamicPTQ, LayerOverride, StaticPTQ, When
 from qat_lightning.report import Report
@@ -15,17 +24,21 @@ __all__ = [
     "ArtifactError",
     "CalibrationError",
     "Call",
+    "CheckpointError",
     "ConfigurationError",
     "DynamicPTQ",
     "LayerOverride",
+    "ParityError",
     "QuantizationCallback",
     "QuantizationError",
     "Report",
     "StaticPTQ",
     "UnsupportedModelError",
     "When",
+    "adopt_checkpoints",
     "calibrate",
     "convert",
+    "load_float_weights",
     "load_quantized",
     "measure_parity",
     "prepare",

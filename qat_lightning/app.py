@@ -22,10 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qat_lightning.artifact import save_quantized
 from qat_lightning.callback import QuantizationCallback
-from qat_lightning.checkpoint import load_float_weights
+from qat_lightning.checkpoint import ConvertedWeights, load_float_weights
 from qat_lightning.distributed import ALONE, Processes, alone, fail_together
 from qat_lightning.errors import ConfigurationError, QuantizationError
 from qat_lightning.files import write_atomically
+from qat_lightning.gate import ParityAction
 from qat_lightning.instantiation import build, check_targets, make_importable
 from qat_lightning.recipe import QAT, Recipe
 from qat_lightning.report import Report
@@ -43,16 +44,20 @@ class Quantization:
         modules: submodules to quantize; None: every child with layers to quantize.
         float_epochs: QAT only: epochs of float training before.
         lr: QAT only: learning rate of its epochs; None: a hundredth of the model's own, where it has an attribute ``lr``.
+        convert: which weights become int8, ``"best"`` or ``"last"``; None: best where a ModelCheckpoint monitors a metric.
+        parity: ``"error"``, ``"warn"`` or ``"off"`` where int8 and fake-quant differ by more than one step.
     """
 
     recipe: Recipe
     modules: list[str] | None
     float_epochs: int
     lr: float | None
+    convert: ConvertedWeights | None
+    parity: ParityAction
 
     def callback(self) -> QuantizationCallback:
         """Return a new callback that carries the recipe out."""
-        return QuantizationCallback(self.recipe, modules=self.modules)
+        return QuantizationCallback(self.recipe, modules=self.modules, convert=self.convert, parity=self.parity)
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,7 @@ def _build_quantization(config: dict[str, Any]) -> Quantization | None:
     quant = config.get("quant")
     if quant is None:
         return None
-    settings = {name: quant.get(name) for name in ("modules", "float_epochs", "lr")}
+    settings = {name: quant.get(name) for name in ("modules", "float_epochs", "lr", "convert", "parity")}
     recipe = build({name: value for name, value in quant.items() if name not in settings}, "quant")
     _expect("quant", recipe, Recipe, "use +quant=qat, +quant=ptq or +quant=dynamic")
     epochs, lr = settings["float_epochs"] or 0, settings["lr"]
@@ -225,7 +230,8 @@ def _build_quantization(config: dict[str, Any]) -> Quantization | None:
             "`trainer.max_epochs=0` leaves no epoch for quantization-aware training. To quantize without training: "
             "+quant=ptq trainer.max_epochs=0. To skip the float training before QAT: quant.float_epochs=0."
         )
-    quantization = Quantization(recipe, settings["modules"], epochs, lr)
+    parity: Any = settings["parity"] if "parity" in quant else "warn"
+    quantization = Quantization(recipe, settings["modules"], epochs, lr, settings["convert"], parity)
     try:
         quantization.callback()
     except (TypeError, ValueError) as error:
@@ -284,7 +290,7 @@ def _train_quantization_aware(this: Run, quantization: Quantization, callback: Q
     _set_learning_rate(this.model, quantization.lr)
     trainer = this.trainer("qat", [callback])
     trainer.fit(this.model, datamodule=this.data)
-    return {**accuracies, "fake_quant": _test(this, trainer, this.model)}
+    return {**accuracies, "fake_quant": _test(this, trainer, this.model, callback.converted_checkpoint)}
 
 
 def _set_learning_rate(model: LightningModule, lr: float | None) -> None:
@@ -306,7 +312,7 @@ def _rehearse(this: Run, callback: QuantizationCallback) -> None:
 def _train_and_quantize(this: Run, callback: QuantizationCallback) -> dict[str, float | None]:
     trainer = this.trainer("float", [callback])
     trainer.fit(this.model, datamodule=this.data)
-    return {"float32": _test(this, trainer, this.model)}
+    return {"float32": _test(this, trainer, this.model, callback.converted_checkpoint)}
 
 
 def _finish(this: Run, callback: QuantizationCallback, accuracies: dict[str, float | None]) -> Outcome:
@@ -329,9 +335,9 @@ def _cpu_trainer(this: Run) -> Trainer:
     return this.trainer("int8", enable_checkpointing=False, deterministic=False, **cpu)
 
 
-def _test(this: Run, trainer: Trainer, model: LightningModule, verbose: bool = False) -> float | None:
-    """Return the accuracy on the test set, None if the model logs none."""
-    (metrics, *_) = trainer.test(model, datamodule=this.data, verbose=verbose)
+def _test(this: Run, trainer: Trainer, model: LightningModule, checkpoint: Path | None = None, verbose: bool = False) -> float | None:
+    """Return the accuracy on the test set, of the weights in ``checkpoint`` if given; None if the model logs none."""
+    (metrics, *_) = trainer.test(model, datamodule=this.data, ckpt_path=checkpoint, weights_only=True, verbose=verbose)
     name = this.config.get("metric", "test/acc")
     if name not in metrics:
         # No error: it would cost the user a trained model.

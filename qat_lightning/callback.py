@@ -2,26 +2,35 @@
 
 import logging
 from collections.abc import Iterable, Sequence, Sized
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from qat_lightning.averaging import copy_anew, keep_ranges, measure_averaged
 from qat_lightning.batch_norm import batch_norms, pass_hooks_on, put_back, with_batch_norms
+from qat_lightning.checkpoint import ConvertedWeights, best_checkpoint, has_checkpoints, load_best, load_into_built, refuse_unprepared
 from qat_lightning.conversion import Baseline, quantize_copy, rehearse
 from qat_lightning.core import plan_of, prepare_planned, require_layers
-from qat_lightning.distributed import ALONE, Processes, synchronize_ranges
+from qat_lightning.distributed import ALONE, Processes, fail_together, synchronize_ranges
 from qat_lightning.environment import check_callbacks, check_trainer, counted_horizon_of, horizon_of, progress_of
 from qat_lightning.errors import CalibrationError, ConfigurationError, QuantizationError
 from qat_lightning.evaluation import serialized_bytes
+from qat_lightning.gate import PARITY_ACTIONS, ParityAction, check_parity
 from qat_lightning.observers import apply_phase, freeze_bn, switch_observers_off
 from qat_lightning.plan import Plan, check_fuse, check_overrides, make_plan
-from qat_lightning.recipe import QAT, Recipe, parse_recipe
+from qat_lightning.pruning import keep_zeros
+from qat_lightning.recipe import QAT, Recipe, check_choice, parse_recipe
 from qat_lightning.report import Report
 from qat_lightning.running import attached, calibration_batches, clone, evaluation_step, example_calls, to_device
 from qat_lightning.schedule import Phase, check_reachable, phase
+from qat_lightning.state import plans_in
 from qat_lightning.targets import CallRecorder, already, find_targets
 
 log = logging.getLogger(__name__)
@@ -42,9 +51,15 @@ class QuantizationCallback(Callback):
         modules: names of the submodules to quantize; None takes every child with layers to quantize, but no metric and no loss.
         calibration_data: batches for static quantization, as the datamodule would give them, labels are not needed; None takes
             ``datamodule.calibration_dataloader()`` where there is one, else the training batches.
+        init_from: file with float weights to start from: a checkpoint of a float or a QAT run, or a state dict. They are loaded when the
+            module is prepared for its first fit.
+        convert: which weights become int8: ``"best"``, those of ModelCheckpoint's best checkpoint, or ``"last"``, the final ones.
+            None: best where a ModelCheckpoint monitors a metric, else last.
+        parity: what to do when int8 and fake-quant differ by more than one quantization step at a layer: ``"error"``, ``"warn"``, or
+            ``"off"``, which does not compare them.
 
     Raises:
-        ValueError: unknown recipe.
+        ValueError: unknown recipe, weights to convert or parity action.
         TypeError: a value of another type.
 
     Example::
@@ -60,6 +75,9 @@ class QuantizationCallback(Callback):
         recipe: Recipe | str = "qat",
         modules: Sequence[str] | None = None,
         calibration_data: Iterable[Any] | None = None,
+        init_from: str | Path | None = None,
+        convert: ConvertedWeights | None = None,
+        parity: ParityAction = "warn",
     ) -> None:
         self._recipe = parse_recipe(recipe)
         if isinstance(modules, str) or not (modules is None or isinstance(modules, Sequence)):
@@ -68,13 +86,23 @@ class QuantizationCallback(Callback):
             raise ValueError("Expected argument `modules` to name at least one module, but got an empty list; None takes every child.")
         if calibration_data is not None and not isinstance(calibration_data, Iterable):
             raise TypeError(f"Expected argument `calibration_data` to be an iterable of batches or None, but got {calibration_data!r}.")
+        if init_from is not None and not isinstance(init_from, str | Path):
+            raise TypeError(f"Expected argument `init_from` to be a path or None, but got {init_from!r}.")
+        check_choice("convert", convert, ("best", "last", None))
+        check_choice("parity", parity, PARITY_ACTIONS)
         self._modules = modules
         self._calibration_data = calibration_data
+        self._init_from = init_from
+        self._convert = convert
+        self._parity: ParityAction = parity
         self._baseline = Baseline(targets={}, size_bytes=0)
         self._plans: dict[str, Plan] = {}
         self._phase: Phase | None = None
         self._rehearsed = False
         self._recorder: CallRecorder | None = None
+        self._zeros: list[RemovableHandle] = []
+        self._refusal: RemovableHandle | None = None
+        self._converted: Path | None = None
         self._batch_norms: dict[str, nn.Module] = {}
         self._processes = ALONE
         self._quantized: LightningModule | None = None
@@ -107,6 +135,11 @@ class QuantizationCallback(Callback):
             raise QuantizationError(self._why_none("report"))
         return self._report
 
+    @property
+    def converted_checkpoint(self) -> Path | None:
+        """The checkpoint whose weights became int8; None where it was the final weights."""
+        return self._converted
+
     def _why_none(self, what: str) -> str:
         if self._processes.rank:
             return f"The {what} lies on rank zero, and this process is rank {self._processes.rank}: ask for it if trainer.is_global_zero."
@@ -138,32 +171,45 @@ class QuantizationCallback(Callback):
             )
         if stage == "fit" and isinstance(self._recipe, QAT) and not getattr(trainer, "fast_dev_run", False):
             check_reachable(self._recipe, horizon_of(trainer))
-            check_callbacks(trainer, self._recipe, self)
+            check_callbacks(trainer, self._recipe)
         self._processes = Processes.of(trainer)
+        if self._convert == "best" and stage == "fit" and not has_checkpoints(trainer):
+            raise ConfigurationError(
+                "convert='best' takes the best checkpoint, but the Trainer writes none: add ModelCheckpoint(monitor=...), or use 'last'."
+            )
+        self._refuse_other_checkpoints(pl_module)
         if is_overridden("configure_model", pl_module):
-            self._prepare_after_configure_model(pl_module, stage)
+            self._prepare_after_configure_model(trainer, pl_module, stage)
         else:
-            self._prepare(pl_module, stage)
+            self._prepare(trainer, pl_module, stage)
             self._batch_norms = batch_norms(pl_module)
 
-    def _prepare_after_configure_model(self, pl_module: LightningModule, stage: str) -> None:
+    def _refuse_other_checkpoints(self, pl_module: LightningModule) -> None:
+        """Name the recipe that wrote a checkpoint where torch would only list missing keys."""
+        if self._refusal is not None:
+            self._refusal.remove()
+        self._refusal = refuse_unprepared(pl_module, self._recipe)
+
+    def _prepare_after_configure_model(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let ``configure_model``, which runs after setup and before weights are restored, prepare what it has built."""
 
         def configure_model() -> None:  # not functools.wraps: Lightning would look through it and skip the hook
             vars(pl_module).pop("configure_model", None)
             pl_module.configure_model()
-            self._prepare(pl_module, stage)
+            self._prepare(trainer, pl_module, stage)
             self._batch_norms = batch_norms(pl_module)
 
         vars(pl_module)["configure_model"] = configure_model
 
-    def _prepare(self, pl_module: LightningModule, stage: str) -> None:
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._phase, self._rehearsed = None, False
         prepared = self._adopt_prepared(pl_module)
         is_qat = isinstance(self._recipe, QAT)
         missing = None if self._modules is None else [name for name in self._modules if name not in prepared]
         if (prepared and not missing) or not (is_qat or stage == "fit"):
             return
+        if self._init_from is not None and stage == "fit" and not prepared:
+            load_into_built(pl_module, self._init_from)
         fresh = find_targets(pl_module, self._recipe, missing)
         if isinstance(self._calibration_data, Sized) and not len(self._calibration_data):
             raise CalibrationError("`calibration_data` has no batch: give it at least one, or None for the training data.")
@@ -178,6 +224,7 @@ class QuantizationCallback(Callback):
         if is_qat:
             for name, plan in plans.items():
                 pl_module.set_submodule(name, prepare_planned(fresh[name], plan))
+            copy_anew(trainer, pl_module)
         self._plans.update(plans)
         layers = sum(len(plan.layers) for plan in plans.values())
         log.info("%d layers of %s will run in int8 (recipe %s, flow %s).", layers, sorted(plans), self._recipe.name, self._recipe.flow)
@@ -202,6 +249,16 @@ class QuantizationCallback(Callback):
         """Keep the rounding of BatchNorm layers that ``sync_batchnorm`` has replaced since setup."""
         pass_hooks_on(pl_module, self._batch_norms)
 
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Of a float run take the weights alone: its optimizers know other parameters, and its epochs are over."""
+        training = trainer.state.fn == TrainerFn.FITTING and already(pl_module)[0]
+        if not training or any(True for _ in plans_in(checkpoint["state_dict"])):
+            return
+        checkpoint.update(optimizer_states=[], lr_schedulers=[], callbacks={})
+        checkpoint.pop("loops", None)
+        log.warning("The checkpoint is of a float run: its weights are taken; epochs, optimizers and schedulers start anew.")
+
     # --- schedule --------------------------------------------------------------------------------------------------------
 
     @override
@@ -209,6 +266,14 @@ class QuantizationCallback(Callback):
         """Refuse a step that this run never reaches, now that its batches are counted."""
         if isinstance(self._recipe, QAT) and not getattr(trainer, "fast_dev_run", False):
             check_reachable(self._recipe, counted_horizon_of(trainer))
+        self._release_zeros()
+        if isinstance(self._recipe, QAT) and self._recipe.keep_zeros:
+            self._zeros = [handle for target in already(pl_module)[0].values() for handle in keep_zeros(target)]
+
+    def _release_zeros(self) -> None:
+        for handle in self._zeros:
+            handle.remove()
+        self._zeros = []
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -228,6 +293,7 @@ class QuantizationCallback(Callback):
         """Share ranges with the other processes, and after the first batch run an int8 copy: better to fail now than after a night."""
         if self._processes.count > 1 and self._phase is not None and self._phase.observers:
             synchronize_ranges(pl_module.get_submodule(name) for name in self._plans)
+        keep_ranges(trainer, pl_module)
         if self._recorder is None:
             return
         calls, self._recorder, self._rehearsed = self._recorder.stop(), None, True
@@ -237,9 +303,20 @@ class QuantizationCallback(Callback):
                 rehearse(name, module.get_submodule(name), plan, calls[name][0])
 
     @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Correct what an average over the epoch has made of the ranges."""
+        keep_ranges(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Correct the ranges of averaged weights, which take the place of the module's own in a checkpoint."""
+        keep_ranges(trainer, pl_module)
+
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch observers off: they learn from training data alone."""
         self._leave(pl_module)
+        keep_ranges(trainer, pl_module)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -255,8 +332,10 @@ class QuantizationCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch observers off, and let BatchNorm learn again should the module be trained further."""
         self._leave(pl_module)
+        self._release_zeros()
         for target in already(pl_module)[0].values():
             freeze_bn(target, frozen=False)
+        keep_ranges(trainer, pl_module)
 
     def _enter(self, pl_module: LightningModule, wanted: Phase) -> None:
         if wanted == self._phase:
@@ -276,15 +355,29 @@ class QuantizationCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the int8 copy and the report; the trained module is left as it is."""
         put_back(pl_module, self._batch_norms)
+        measure_averaged(trainer, pl_module)
         batches = calibration_batches(trainer, self._calibration_data)
-        quantized = clone(pl_module).cpu().eval()
+        quantized, self._converted = self._copy(trainer, pl_module)
         with attached(quantized, trainer):
 
             def step(batch: Any) -> None:
                 self.calibration_step(quantized, to_device(quantized, batch))
 
-            self._report = quantize_copy(quantized, self._plans, self._recipe, batches, step, self._baseline, self._processes)
-        self._quantized = None if self._report is None else quantized
+            compare = self._parity != "off"
+            report = quantize_copy(quantized, self._plans, self._recipe, batches, step, self._baseline, compare, self._processes)
+        with fail_together(self._processes):
+            if report is not None:
+                self._report = replace(report, checkpoint=None if self._converted is None else self._converted.name)
+                self._quantized = quantized
+                check_parity(self._report, self._plans, self._baseline.targets, self._parity)
+
+    def _copy(self, trainer: Trainer, pl_module: LightningModule) -> tuple[LightningModule, Path | None]:
+        """Return a copy on the CPU with the weights to convert, and the checkpoint they come from."""
+        path = None if self._convert == "last" else best_checkpoint(trainer, monitored=self._convert is None)
+        copied = clone(pl_module).cpu().eval()
+        if path is None or not load_best(copied, path):
+            return clone(pl_module).cpu().eval(), None
+        return copied, path
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

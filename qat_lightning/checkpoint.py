@@ -1,36 +1,158 @@
-"""Float weights from a file into a model, before anything is trained."""
+"""Checkpoints into modules of another structure: float weights from any run, and fake-quant for a module that has none yet."""
 
+import logging
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from qat_lightning.errors import ConfigurationError
+from qat_lightning.core import plan_of, prepare_planned
+from qat_lightning.errors import CheckpointError, ConfigurationError, QuantizationError, shorten
+from qat_lightning.observers import fake_quants
+from qat_lightning.recipe import QAT, Recipe
+from qat_lightning.running import clone
+from qat_lightning.state import PreparedState, plans_in, written_by
+from qat_lightning.targets import already
 
-SHOWN_NAMES = 5
+log = logging.getLogger(__name__)
+
+ConvertedWeights: TypeAlias = Literal["best", "last"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def load_float_weights(model: LightningModule, path: str | Path) -> None:
-    """Load a Lightning checkpoint or a state dict, of the model or of one of its children, e.g. of the bare network.
+def adopt_checkpoints(module: ModuleT) -> ModuleT:
+    """Let ``module`` take on the fake-quant structure of any QAT checkpoint that is loaded into it; returns ``module``.
+
+    As a line at the end of a LightningModule's ``__init__`` it makes ``load_from_checkpoint`` and ``trainer.test(ckpt_path=)`` read
+    checkpoints of float and of QAT runs alike, with no callback attached.
 
     Args:
-        model: changed in place; a network built in ``configure_model`` is built first.
+        module: float.
+    """
+    module.register_load_state_dict_pre_hook(_adopt)  # type: ignore[no-untyped-call]
+    return module
+
+
+def load_float_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a Lightning checkpoint or a state dict, of the model or of one of its children, e.g. of the bare network.
+
+    Of the checkpoint of a QAT run the weights are taken: fake-quant is dropped and BatchNorm is a layer of its own again.
+
+    Args:
+        model: float, changed in place; a network built in ``configure_model`` is built first.
         path: the file; only tensors and primitives are unpickled.
 
     Raises:
         ConfigurationError: no such file, no state dict in it, or weights of other names or shapes.
     """
+    if isinstance(model, LightningModule):
+        model.configure_model()
+    load_into_built(model, path)
+
+
+def load_into_built(model: nn.Module, path: str | Path) -> None:
+    """Do what :func:`load_float_weights` does for a model whose networks are there."""
     weights = read_state_dict(Path(path))
-    model.configure_model()
     target = _best_match(model, weights)
+    weights = _drop_fake_quant(target, weights, path)
     problem = _describe_mismatch(target.state_dict(), weights)
     if problem:
-        raise ConfigurationError(f"The weights in `ckpt_path={path}` do not fit {type(target).__name__}: {problem}.")
+        raise ConfigurationError(f"The weights in {path} do not fit {type(target).__name__}: {problem}.")
     target.load_state_dict(weights, strict=False)
+
+
+def refuse_unprepared(module: nn.Module, recipe: Recipe) -> RemovableHandle:
+    """Refuse checkpoints of QAT for submodules that ``recipe`` has not prepared, by naming the recipe that wrote them.
+
+    Returns:
+        the handle that ends it.
+    """
+
+    def refuse(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
+        for name, plan in plans_in(state, prefix):
+            if not isinstance(recipe, QAT) or plan_of(_submodule(module, name, "The checkpoint")) is None:
+                raise CheckpointError(
+                    f"The checkpoint was written by {written_by(plan)} for {name!r}, which recipe {recipe.name!r} here leaves in float. "
+                    f"Load it with that recipe, or take its weights alone with QuantizationCallback(..., init_from=FILE)."
+                )
+
+    handle: RemovableHandle = module.register_load_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def has_checkpoints(trainer: Trainer) -> bool:
+    """Whether the Trainer may write checkpoints."""
+    return bool(trainer.fast_dev_run or any(isinstance(callback, ModelCheckpoint) for callback in trainer.checkpoint_callbacks))  # type: ignore[attr-defined]
+
+
+def best_checkpoint(trainer: Trainer, monitored: bool) -> Path | None:
+    """Return the best checkpoint of the run, None where there is none.
+
+    Args:
+        trainer: after its fit.
+        monitored: only where a metric decides which is best, not merely the time.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and (callback.monitor is not None or not monitored) and callback.best_model_path:
+            return Path(callback.best_model_path)
+    return None
+
+
+def load_best(module: LightningModule, path: Path) -> bool:
+    """Load the best checkpoint into a copy of the trained module; a message, not an error, where that is not what should become int8.
+
+    Args:
+        module: the copy; what is in it after a failure is not to be used.
+        path: the checkpoint.
+
+    Returns:
+        whether its weights are to be converted.
+    """
+    try:
+        module.load_state_dict(read_state_dict(path), strict=module.strict_loading)
+    except (QuantizationError, RuntimeError) as error:
+        log.warning("The best checkpoint cannot be converted, the final weights are: %s", error)
+        return False
+    prepared = already(module)[0].values()
+    if not all(bool(child.fake_quant_enabled[0]) for target in prepared for child in fake_quants(target)):
+        log.warning("The best checkpoint, %s, was written before fake-quant began: the final weights are converted.", path)
+        return False
+    return True
+
+
+def _drop_fake_quant(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Return the weights under the names of a float model."""
+    result = dict(weights)
+    for name, plan in list(plans_in(weights)):
+        prefix = f"{name}." if name else ""
+        own = {key.removeprefix(prefix): result.pop(key) for key in list(result) if key.startswith(prefix)}
+        state = PreparedState.of(prepare_planned(clone(_submodule(model, name, path)), plan))
+        assert state is not None  # prepare_planned attaches it
+        result.update({prefix + key: tensor for key, tensor in state.float_weights(own).items()})
+        log.info("%s: float weights of %r taken from QAT (flow %s), fake-quant dropped, BatchNorm unfused.", path, name, plan.flow)
+    return result
+
+
+def _submodule(model: nn.Module, name: str, source: object) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"{source} was written by a model with a submodule {name!r}, which {type(model).__name__} lacks.") from None
+
+
+def _adopt(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
+    for name, plan in plans_in(state, prefix):
+        target = _submodule(module, name, "The checkpoint")
+        if name and plan_of(target) is None:
+            module.set_submodule(name, prepare_planned(target, plan))
+            log.info("%r takes on the fake-quant of the checkpoint (flow %s).", name, plan.flow)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -40,17 +162,17 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         ConfigurationError: no such file, or no state dict in it.
     """
     if not path.is_file():
-        raise ConfigurationError(f"`ckpt_path={path}` is not a file.")
+        raise ConfigurationError(f"There is no file {path} to load weights from.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = (str(error) or "the file is empty.").splitlines()[0]
         raise ConfigurationError(
-            f"`ckpt_path={path}` cannot be read as weights alone: {reason} Save a state dict: torch.save(model.state_dict(), FILE)."
+            f"{path} cannot be read as weights alone: {reason} Save a state dict: torch.save(model.state_dict(), FILE)."
         ) from error
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ConfigurationError(f"`ckpt_path={path}` holds no state dict: expected names with tensors, or a mapping with a `state_dict`.")
+        raise ConfigurationError(f"{path} holds no state dict: expected names with tensors, or a mapping with a `state_dict`.")
     return dict(weights)
 
 
@@ -73,9 +195,4 @@ def _describe_mismatch(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]
     # Checkpoints older than PyTorch 0.4.1 have no batch counters, which only an average over all batches needs.
     missing = [name for name in expected if name not in got and not name.endswith("num_batches_tracked")]
     parts = {"missing": missing, "not in the model": [name for name in got if name not in expected], "other shapes": shapes}
-    return "; ".join(f"{title}: {_shorten(names)}" for title, names in parts.items() if names)
-
-
-def _shorten(names: list[str]) -> str:
-    rest = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+    return "; ".join(f"{title}: {shorten(names)}" for title, names in parts.items() if names)

@@ -87,6 +87,7 @@ def quantize_copy(
     batches: Iterable[Any],
     step: Callable[[Any], Any],
     baseline: Baseline,
+    compare: bool = True,
     processes: Processes = ALONE,
 ) -> Report | None:
     """Swap the targets of ``module`` for int8 ones, and report.
@@ -98,6 +99,7 @@ def quantize_copy(
         batches: for calibration, parity and latency; the part of this process.
         step: runs one batch through ``module``.
         baseline: the float model.
+        compare: measure parity.
         processes: of the run; all of them calibrate, rank zero converts while the others wait.
 
     Returns:
@@ -117,7 +119,7 @@ def quantize_copy(
     with fail_together(processes):
         sample = first.batches()
         with alone():
-            return _convert(module, prepared, plans, recipe, sample, step, baseline) if processes.rank == 0 else None
+            return _convert(module, prepared, plans, recipe, sample, step, baseline, compare) if processes.rank == 0 else None
 
 
 def _convert(
@@ -128,6 +130,7 @@ def _convert(
     sample: Sequence[Any],
     step: Callable[[Any], Any],
     baseline: Baseline,
+    compare: bool,
 ) -> Report:
     if not isinstance(recipe, StaticPTQ):
         for name, target in prepared.items():
@@ -136,7 +139,7 @@ def _convert(
     calls = _captured(prepared, sample, step)
     single = _captured(prepared, [first_of_batch(sample[0])] if sample else [], step)
     int8 = {name: convert_planned(copy.deepcopy(target), plans[name]) for name, target in prepared.items()}
-    parity = None if isinstance(recipe, DynamicPTQ) else _parity(prepared, int8, plans, calls)
+    parity = None if isinstance(recipe, DynamicPTQ) or not compare else _parity(prepared, int8, plans, calls)
     for name, target in int8.items():
         module.set_submodule(name, target)
     float_ms, int8_ms = _latency(baseline.targets, int8, single)

@@ -15,6 +15,7 @@ from qat_lightning.parity import merge
 from qat_lightning.plan import Call, Plan, check_fuse, check_overrides, make_plan
 from qat_lightning.recipe import DynamicPTQ, Recipe, parse_recipe
 from qat_lightning.report import LayerParity
+from qat_lightning.state import PreparedState, tensor_names
 
 _PREPARED = "prepared"
 _INT8 = "int8"
@@ -119,13 +120,17 @@ def as_call(batch: Any) -> Call:
 
 def prepare_planned(module: nn.Module, plan: Plan) -> nn.Module:
     """Prepare by a plan; the module is used up and its parameters live on in the result."""
+    before = tensor_names(module)
     with torch.random.fork_rng(devices=[]):  # torch.ao draws initial weights for layers it then gives the user's weights
-        return _mark(get_flow(plan.flow).prepare(module, plan), _PREPARED, plan)
+        prepared = get_flow(plan.flow).prepare(module, plan)
+    PreparedState(plan, before, prepared)
+    return _mark(prepared, _PREPARED, plan)
 
 
 def convert_planned(module: nn.Module, plan: Plan) -> nn.Module:
     """Convert a prepared module, or quantize a float one dynamically; the module lies on the CPU and is used up."""
     flow = get_flow(plan.flow)
+    PreparedState.detach(module)
     with torch.random.fork_rng(devices=[]):
         int8 = flow.quantize_dynamic(module, plan) if plan.recipe == DynamicPTQ.name else flow.convert(module, plan)
     return _mark(int8, _INT8, plan)

@@ -2,10 +2,9 @@
 
 import math
 from dataclasses import replace
-from itertools import takewhile
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -47,13 +46,8 @@ def _check_strategy(trainer: Trainer) -> None:
         )
 
 
-def check_callbacks(trainer: Trainer, recipe: QAT, quantization: Callback) -> None:
+def check_callbacks(trainer: Trainer, recipe: QAT) -> None:
     """Refuse a callback that undoes what the recipe does.
-
-    Args:
-        trainer: with its callbacks.
-        recipe: of ``quantization``.
-        quantization: the callback that carries the recipe out.
 
     Raises:
         ConfigurationError: names the callback and the way out.
@@ -63,11 +57,10 @@ def check_callbacks(trainer: Trainer, recipe: QAT, quantization: Callback) -> No
             f"StochasticWeightAveraging measures BatchNorm's statistics anew at its end, which `freeze_bn={recipe.freeze_bn}` forbids: "
             f"the network would be left with mean 0 and variance 1. Use freeze_bn=None, or WeightAveraging."
         )
-    before = takewhile(lambda callback: callback is not quantization, trainer.callbacks)  # type: ignore[attr-defined]
-    if trainer.world_size > 1 and any(isinstance(callback, WeightAveraging) for callback in before):
+    if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ConfigurationError(
-            "WeightAveraging stands before the QuantizationCallback in `callbacks`: after each batch it would average the ranges "
-            "of one process, before those of all are known. List it after the QuantizationCallback."
+            "ModelPruning in the same fit would prune modules that fake-quant has replaced. Prune in a fit before, with "
+            "make_pruning_permanent=True (its default): the zeros are then kept, see `keep_zeros`."
         )
 
 

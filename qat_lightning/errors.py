@@ -17,5 +17,22 @@ class CalibrationError(QuantizationError):
     """Data from which no activation range can be learnt: none, NaN or infinite."""
 
 
+class CheckpointError(QuantizationError):
+    """A checkpoint that another recipe or flow has written, or that holds no weights of the model."""
+
+
+class ParityError(QuantizationError):
+    """An int8 model that computes something else than the fake-quantized one it was made from."""
+
+
 class ArtifactError(QuantizationError):
     """A saved int8 model that cannot be written or read."""
+
+
+SHOWN_NAMES = 5
+
+
+def shorten(names: list[str]) -> str:
+    """Return the first few names of a list for a message, and how many more there are."""
+    rest = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")

@@ -26,7 +26,8 @@ def apply_phase(module: nn.Module, phase: Phase) -> None:
 
 
 def switch_observers_off(module: nn.Module) -> None:
-    """Stop observers from learning; fake-quant stays as it is."""
+    """Stop observers from learning; fake-quant stays as it is, on weights as the last optimizer step has left them."""
+    follow_weights(module)
     for fake_quant in fake_quants(module):
         fake_quant.enable_observer(False)
 
@@ -48,6 +49,26 @@ def fake_quants(module: nn.Module) -> Iterator[Any]:
     for child in module.modules():
         if hasattr(child, "enable_fake_quant") and hasattr(child, "enable_observer"):
             yield child
+
+
+def measure_weights(module: nn.Module) -> None:
+    """Give the fake-quant of every weight the scale of the weight as it is."""
+    for fake_quant, weight in _weights(module):
+        fake_quant.measure(weight)
+
+
+def follow_weights(module: nn.Module) -> None:
+    """Measure the weights whose observers are on: an optimizer step has changed them since the forward pass that did."""
+    for fake_quant, weight in _weights(module):
+        if fake_quant.observer_enabled[0]:
+            fake_quant.measure(weight)
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[Any, Tensor]]:
+    for layer in module.modules():
+        fake_quant, weight = getattr(layer, "weight_fake_quant", None), getattr(layer, "weight", None)
+        if hasattr(fake_quant, "measure") and isinstance(weight, Tensor):
+            yield fake_quant, weight.detach()
 
 
 def freeze_ranges(module: nn.Module) -> None:

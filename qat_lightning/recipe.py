@@ -155,6 +155,7 @@ class QAT(Recipe):
         freeze_observers: from then on activation and weight ranges stay as they are; None: never.
         freeze_bn: from then on BatchNorm normalises with its running statistics and stops updating them; None: never.
         start: fake-quant begins here, observers watch from the first step; None: at once.
+        keep_zeros: weights that are exactly zero when training begins, those of a pruned network, stay zero.
     """
 
     name: ClassVar[str] = "qat"
@@ -162,10 +163,13 @@ class QAT(Recipe):
     freeze_observers: When | None = field(default_factory=lambda: When(fraction=0.6))
     freeze_bn: When | None = field(default_factory=lambda: When(fraction=0.5))
     start: When | None = None
+    keep_zeros: bool = True
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
+        if not isinstance(self.keep_zeros, bool):
+            raise TypeError(f"Expected argument `keep_zeros` to be a bool, but got {self.keep_zeros!r}.")
         for argument in ("freeze_observers", "freeze_bn", "start"):
             value = getattr(self, argument)
             if value is not None and not isinstance(value, When):

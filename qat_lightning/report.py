@@ -81,6 +81,7 @@ class Report:
         data: name of the data.
         torch: version of PyTorch.
         cpu: the processor the figures were taken on.
+        checkpoint: name of the checkpoint whose weights were converted; None: the final weights.
     """
 
     recipe: str
@@ -96,6 +97,7 @@ class Report:
     data: str = ""
     torch: str = ""
     cpu: str = ""
+    checkpoint: str | None = None
 
     @property
     def max_steps(self) -> int | None:
@@ -134,6 +136,7 @@ class Report:
             "data": self.data,
             "torch": self.torch,
             "cpu": self.cpu,
+            "checkpoint": self.checkpoint,
             "quantized_modules": self.quantized_modules,
             "float": asdict(self.float32),
             "int8": asdict(self.int8),
@@ -180,6 +183,7 @@ class Report:
             *(f"| {' | '.join(row)} |" for row in self.rows()),
             "",
             f"- quantized modules: {self.quantized_modules}",
+            f"- converted weights: {'the final ones' if self.checkpoint is None else self.checkpoint}",
             f"- speed-up: {_show(self.speedup, '{:.2f}')} x (batch 1, one thread, median)",
             f"- parity of fake-quant and int8: {self._parity_sentence()}",
             f"- kernels: {self._kernel_sentence()}",

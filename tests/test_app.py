@@ -95,6 +95,16 @@ def test_phases_of_qat_stay_apart(tmp_path):
     assert config.quant.float_epochs == 1
 
 
+@pytest.mark.parametrize(("choice", "checkpoint"), [([], "best.ckpt"), (["quant.convert=last"], None)])
+@pytest.mark.parametrize("recipe", ["qat", "ptq"])
+def test_the_best_epoch_becomes_int8(recipe, choice, checkpoint, tmp_path):
+    run_app(tmp_path, f"+quant={recipe}", *choice)
+    report = read_report(tmp_path)
+    assert report["checkpoint"] == checkpoint
+    simulated = report.get("fake_quant", report["float"])["accuracy"]
+    assert abs(report["int8"]["accuracy"] - simulated) <= 0.05
+
+
 @pytest.mark.parametrize("part", ["checkpoint", "network"])
 def test_float_weights_from_a_file_need_no_training(part, float_run, tmp_path):
     folder, accuracy = float_run
@@ -134,11 +144,14 @@ def test_unknown_metric_costs_the_accuracy_not_the_model(tmp_path):
         (["+quant=qat", "quant.lr=0"], r"`quant\.lr`.*positive"),
         (["+quant=qat", "quant.lr=fast"], r"`quant\.lr`.*positive"),
         (["+quant=qat", "trainer.max_epochs=0"], r"\+quant=ptq trainer\.max_epochs=0"),
+        (["+quant=qat", "quant.convert=first"], r"`quant`.*`convert`.*'first'"),
+        (["+quant=qat", "quant.parity=null"], r"`quant`.*`parity`.*None"),
+        (["+quant=ptq", "quant.parity=fail"], r"`quant`.*`parity`.*'fail'"),
         (["+quant=ptq", "quant.observer=mode"], r"`observer`.*'mode'"),
         (["+quant=ptq", "quant.calibration_batches=0"], r"`calibration_batches`.*at least 1"),
         (["+quant._target_=torch.nn.ReLU"], "to be a Recipe"),
         (["+quant=ptq", "quant._target_=qat_lightning.QAT"], "calibration_batches"),
-        (["ckpt_path=none.ckpt"], "is not a file"),
+        (["ckpt_path=none.ckpt"], "There is no file none.ckpt"),
         (["model._target_=os.system"], r"os\.system.*allowed_targets=\[os\]"),
         (["model._target_=torch.nn.NoSuchLayer"], "cannot be imported"),
         (["+model.bogus=1"], r"`model`.*bogus"),

@@ -98,6 +98,12 @@ def test_a_fast_development_run_ends(flow, found):
     assert [process[flow]["fast"] for process in found] == [1, 1]
 
 
+def test_averaged_weights_have_the_shared_ranges_in_either_order(flow, found):
+    first_listed, last_listed = found[0][flow]["averages"]
+    assert first(first_listed) and same(first_listed, last_listed)
+    assert all(same(first_listed, averaged) for averaged in found[1][flow]["averages"])
+
+
 # --- training ----------------------------------------------------------------------------------------------------------------
 
 

@@ -1,14 +1,13 @@
 import copy
 import os
 import re
-from contextlib import nullcontext
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
@@ -185,11 +184,11 @@ def test_stochastic_weight_averaging_with_frozen_statistics():
     assert not started.yes
 
 
-@pytest.mark.parametrize("precision", ["16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 @pytest.mark.parametrize("recipe", ["qat", "ptq", "dynamic"])
 def test_precisions_that_cannot_quantize(precision, recipe):
     trainer = Trainer(**QUIET, precision=precision)
-    with pytest.raises(ConfigurationError, match=r"precision='(16|64)-true' is not supported.*Use"):
+    with pytest.raises(ConfigurationError, match=r"precision='(bf16|16|64)-true' is not supported.*Use"):
         QuantizationCallback(recipe).setup(trainer, Plain(), "fit")
 
 
@@ -233,14 +232,6 @@ def test_strategies_that_cannot_quantize(strategy, message, own_processes):
     with pytest.raises((ConfigurationError, ProcessRaisedException), match=f"(?s){message}"):
         fit(QuantizationCallback("qat"), watching=[started], devices=1, strategy=strategy if isinstance(strategy, str) else strategy())
     assert not started.yes
-
-
-@pytest.mark.parametrize("averages_first", [True, False])
-def test_averages_are_taken_after_processes_have_shared_their_ranges(averages_first):
-    callbacks = [qat(), EMAWeightAveraging()]
-    trainer = Trainer(max_epochs=2, devices=2, strategy="ddp", callbacks=callbacks[::-1] if averages_first else callbacks, **QUIET)
-    with pytest.raises(ConfigurationError, match="List it after") if averages_first else nullcontext():
-        callbacks[0].setup(trainer, Plain(), "fit")
 
 
 def test_a_backend_that_torch_lacks(monkeypatch):

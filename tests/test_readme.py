@@ -59,6 +59,7 @@ def test_sample_output_has_the_report_of_today():
         "| size (MB)",
         "| latency (ms)",
         "- quantized modules",
+        "- converted weights",
         "- speed-up",
         "- parity",
         "- kernels",

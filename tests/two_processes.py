@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -134,6 +135,14 @@ def training(flow, checkpoint=None, resume=None, **trainer):
     return {**found, "end": state(module), **outcome(callback, trainer)}, callback
 
 
+def averaging(flow, averages_first, **trainer):
+    """Train on unequal parts, and return the state of fake-quant in the averaged module."""
+    callbacks = [QuantizationCallback(QAT(flow=flow, **FRACTIONS)), EMAWeightAveraging(decay=0.5)]
+    module, options = Plain(without_batch_norm()), {"max_epochs": 2, "use_distributed_sampler": False, **trainer}
+    Trainer(callbacks=callbacks[::-1] if averages_first else callbacks, **{**QUIET, **options}).fit(module, Loud())
+    return quant_state(module)
+
+
 def outcome(callback, trainer):
     """Return what the callback has on this process, or why it has nothing."""
     try:
@@ -223,6 +232,7 @@ def everything(flow, folder):
     found["conversions"] = len(conversions)
     unshared = {**ddp, "strategy": DDPStrategy(broadcast_buffers=False)}
     found["resumed"], _ = training(flow, resume=folder / f"{flow}-single.ckpt", **unshared)
+    found["averages"] = [averaging(flow, averages_first, **ddp) for averages_first in (True, False)]
     for observer in OBSERVERS:
         found[observer] = calibration(flow, observer, **ddp)
     found["one batch"] = calibration(flow, data=CALIBRATION[:1], **ddp)

@@ -21,7 +21,7 @@ from torch.ao.quantization import (
 from qat_lightning.affine import SMALLEST_SCALE, QParams
 from qat_lightning.backend import engine
 from qat_lightning.deprecation import quiet
-from qat_lightning.observers import fake_quants
+from qat_lightning.observers import fake_quants, measure_weights
 from qat_lightning.parity import Reference
 from qat_lightning.plan import LayerPlan, Plan
 from qat_lightning.report import LayerReport
@@ -95,8 +95,11 @@ class WeightFakeQuantize(FakeQuantize):
         """Set the scale for ``weight``, of any shape with channels at ``ch_axis``."""
         axes = [axis for axis in range(weight.dim()) if axis != self.ch_axis] if self.is_per_channel else list(range(weight.dim()))
         largest = weight.float().abs().amax(axes).reshape(-1)
-        self.scale = (largest / WEIGHT_RANGE["quant_max"]).clamp(min=SMALLEST_SCALE)
-        self.zero_point = torch.zeros_like(self.scale, dtype=torch.int32)
+        scale = (largest / WEIGHT_RANGE["quant_max"]).clamp(min=SMALLEST_SCALE)
+        if self.scale.shape == scale.shape:
+            self.scale.copy_(scale)  # in place: averages and state dicts hold the tensor
+        else:
+            self.scale, self.zero_point = scale, torch.zeros_like(scale, dtype=torch.int32)
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return scale and zero point."""
@@ -213,10 +216,7 @@ def dynamic_qconfig(plan: LayerPlan) -> QConfig:
 
 def initialize(prepared: nn.Module) -> None:
     """Give every weight its scale, so that no buffer grows later, and switch everything off."""
-    for layer in prepared.modules():
-        fake_quant, weight = getattr(layer, "weight_fake_quant", None), getattr(layer, "weight", None)
-        if isinstance(fake_quant, WeightFakeQuantize) and isinstance(weight, Tensor):
-            fake_quant.measure(weight.detach())
+    measure_weights(prepared)
     for fake_quant in fake_quants(prepared):
         fake_quant.disable_observer()
         fake_quant.disable_fake_quant()
