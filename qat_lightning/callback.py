@@ -16,6 +16,7 @@ from typing_extensions import override
 from qat_lightning.averaging import copy_anew, keep_ranges, measure_averaged
 from qat_lightning.batch_norm import batch_norms, pass_hooks_on, put_back, with_batch_norms
 from qat_lightning.checkpoint import ConvertedWeights, best_checkpoint, has_checkpoints, load_best, load_into_built, refuse_unprepared
+from qat_lightning.compilation import read_plain_names, uncompile
 from qat_lightning.conversion import Baseline, quantize_copy, rehearse
 from qat_lightning.core import plan_of, prepare_planned, require_layers
 from qat_lightning.distributed import ALONE, Processes, fail_together, synchronize_ranges
@@ -177,6 +178,7 @@ class QuantizationCallback(Callback):
             raise ConfigurationError(
                 "convert='best' takes the best checkpoint, but the Trainer writes none: add ModelCheckpoint(monitor=...), or use 'last'."
             )
+        _uncompile(pl_module)
         self._refuse_other_checkpoints(pl_module)
         if is_overridden("configure_model", pl_module):
             self._prepare_after_configure_model(trainer, pl_module, stage)
@@ -202,6 +204,7 @@ class QuantizationCallback(Callback):
         vars(pl_module)["configure_model"] = configure_model
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _uncompile(pl_module)  # what configure_model has built
         self._phase, self._rehearsed = None, False
         prepared = self._adopt_prepared(pl_module)
         is_qat = isinstance(self._recipe, QAT)
@@ -392,3 +395,14 @@ class QuantizationCallback(Callback):
             self._report = self._report.with_accuracy("int8", float(accuracy))
         elif prepared:
             self._report = self._report.with_accuracy("fake_quant", float(accuracy))
+
+
+def _uncompile(pl_module: LightningModule) -> None:
+    compiled = [repr(name) if name else type(pl_module).__name__ for name in uncompile(pl_module)]
+    if compiled:
+        read_plain_names(pl_module)
+        log.warning(
+            "%s runs without torch.compile from now on, for training and conversion change it. To keep the speed of float training, "
+            "attach the QuantizationCallback in a second fit. Compile `quantized_module` or the trained module afterwards.",
+            ", ".join(compiled),
+        )

@@ -3,6 +3,7 @@
 import logging
 import pickle
 from collections.abc import Iterator, Mapping, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -12,11 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qat_lightning.compilation import plain_names, rename_plainly, uncompile, uncompiled_copy
 from qat_lightning.core import plan_of, prepare_planned
 from qat_lightning.errors import CheckpointError, ConfigurationError, QuantizationError, shorten
 from qat_lightning.observers import fake_quants
+from qat_lightning.plan import Plan
 from qat_lightning.recipe import QAT, Recipe
-from qat_lightning.running import clone
 from qat_lightning.state import PreparedState, plans_in, written_by
 from qat_lightning.targets import already
 
@@ -59,13 +61,15 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
 
 def load_into_built(model: nn.Module, path: str | Path) -> None:
     """Do what :func:`load_float_weights` does for a model whose networks are there."""
-    weights = read_state_dict(Path(path))
+    weights = plain_names(read_state_dict(Path(path)))
     target = _best_match(model, weights)
     weights = _drop_fake_quant(target, weights, path)
-    problem = _describe_mismatch(target.state_dict(), weights)
+    own = target.state_dict()
+    problem = _describe_mismatch(plain_names(own), weights)
     if problem:
         raise ConfigurationError(f"The weights in {path} do not fit {type(target).__name__}: {problem}.")
-    target.load_state_dict(weights, strict=False)
+    names = plain_names({name: name for name in own})
+    target.load_state_dict({names[plain]: value for plain, value in weights.items()}, strict=False)
 
 
 def refuse_unprepared(module: nn.Module, recipe: Recipe) -> RemovableHandle:
@@ -74,17 +78,17 @@ def refuse_unprepared(module: nn.Module, recipe: Recipe) -> RemovableHandle:
     Returns:
         the handle that ends it.
     """
-
-    def refuse(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
-        for name, plan in plans_in(state, prefix):
-            if not isinstance(recipe, QAT) or plan_of(_submodule(module, name, "The checkpoint")) is None:
-                raise CheckpointError(
-                    f"The checkpoint was written by {written_by(plan)} for {name!r}, which recipe {recipe.name!r} here leaves in float. "
-                    f"Load it with that recipe, or take its weights alone with QuantizationCallback(..., init_from=FILE)."
-                )
-
-    handle: RemovableHandle = module.register_load_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call]
+    handle: RemovableHandle = module.register_load_state_dict_pre_hook(partial(_refuse, recipe))  # type: ignore[no-untyped-call]
     return handle
+
+
+def _refuse(recipe: Recipe, module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
+    for name, plan in plans_in(state, prefix):
+        if not isinstance(recipe, QAT) or plan_of(_submodule(module, name, "The checkpoint")) is None:
+            raise CheckpointError(
+                f"The checkpoint was written by {written_by(plan)} for {name!r}, which recipe {recipe.name!r} here leaves in float. "
+                f"Load it with that recipe, or take its weights alone with QuantizationCallback(..., init_from=FILE)."
+            )
 
 
 def has_checkpoints(trainer: Trainer) -> bool:
@@ -133,7 +137,7 @@ def _drop_fake_quant(model: nn.Module, weights: Mapping[str, Tensor], path: str 
     for name, plan in list(plans_in(weights)):
         prefix = f"{name}." if name else ""
         own = {key.removeprefix(prefix): result.pop(key) for key in list(result) if key.startswith(prefix)}
-        state = PreparedState.of(prepare_planned(clone(_submodule(model, name, path)), plan))
+        state = PreparedState.of(_prepare_as_written(uncompiled_copy(_submodule(model, name, path)), plan, path))
         assert state is not None  # prepare_planned attaches it
         result.update({prefix + key: tensor for key, tensor in state.float_weights(own).items()})
         log.info("%s: float weights of %r taken from QAT (flow %s), fake-quant dropped, BatchNorm unfused.", path, name, plan.flow)
@@ -147,11 +151,25 @@ def _submodule(model: nn.Module, name: str, source: object) -> nn.Module:
         raise CheckpointError(f"{source} was written by a model with a submodule {name!r}, which {type(model).__name__} lacks.") from None
 
 
+def _prepare_as_written(module: nn.Module, plan: Plan, source: object) -> nn.Module:
+    unlike = f"{source} was written for a network unlike {type(module).__name__} ({written_by(plan)})"
+    if unknown := sorted(plan.layers.keys() - dict(module.named_modules()).keys()):
+        raise CheckpointError(f"{unlike}: it has no layers {shorten(unknown)}.")
+    try:
+        return prepare_planned(module, plan)
+    except Exception as error:  # a plan from a file may ask for anything
+        raise CheckpointError(f"{unlike}: {type(error).__name__}: {error}") from error
+
+
 def _adopt(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
-    for name, plan in plans_in(state, prefix):
+    plans = dict(plans_in(state, prefix))
+    if plans and uncompile(module):
+        rename_plainly(state)
+        plans = dict(plans_in(state, prefix))
+    for name, plan in plans.items():
         target = _submodule(module, name, "The checkpoint")
         if name and plan_of(target) is None:
-            module.set_submodule(name, prepare_planned(target, plan))
+            module.set_submodule(name, _prepare_as_written(target, plan, "The checkpoint"))
             log.info("%r takes on the fake-quant of the checkpoint (flow %s).", name, plan.flow)
 
 
@@ -178,7 +196,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def _best_match(model: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
     """Return the model or the child that shares most names with the weights."""
-    return max(_candidates(model), key=lambda module: len(weights.keys() & module.state_dict().keys()))
+    return max(_candidates(model), key=lambda module: len(weights.keys() & plain_names(module.state_dict()).keys()))
 
 
 def _candidates(model: nn.Module) -> Iterator[nn.Module]:

@@ -1,6 +1,5 @@
 """Quantization as functions on modules, for whoever has no Trainer: prepare, calibrate, convert, quantize_dynamic."""
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import fx, nn
 
 from qat_lightning.calibration import calibrate as run_calibration
+from qat_lightning.compilation import inside, uncompiled_copy
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.flows import get_flow
 from qat_lightning.observers import check_ranges
@@ -37,11 +37,12 @@ def prepare(module: nn.Module, recipe: Recipe | str, example: Call | None = None
     recipe = parse_recipe(recipe)
     if isinstance(recipe, DynamicPTQ):
         raise ConfigurationError("Dynamic quantization has nothing to prepare: use quantize_dynamic(module, recipe).")
+    module = uncompiled_copy(module)
     check_overrides(recipe, {"": module})
     check_fuse(recipe, {"": module})
     plan = make_plan(module, recipe, example=example)
     require_layers({"": plan})
-    return prepare_planned(copy.deepcopy(module), plan)
+    return prepare_planned(module, plan)
 
 
 def calibrate(prepared: nn.Module, batches: Iterable[Any], limit: int | None = None, progress: bool = False) -> nn.Module:
@@ -57,9 +58,10 @@ def calibrate(prepared: nn.Module, batches: Iterable[Any], limit: int | None = N
         CalibrationError: no batch, or NaN or infinite values.
         ConfigurationError: the module was not prepared.
     """
-    _require_prepared(prepared)
-    prepared.eval()
-    run_calibration([prepared], batches, lambda batch: as_call(batch).run(prepared), limit, progress)
+    bare = inside(prepared)
+    _require_prepared(bare)
+    bare.eval()
+    run_calibration([bare], batches, lambda batch: as_call(batch).run(bare), limit, progress)
     return prepared
 
 
@@ -73,9 +75,9 @@ def convert(prepared: nn.Module) -> nn.Module:
         ConfigurationError: the module was not prepared.
         CalibrationError: it was neither trained nor calibrated, or has seen NaN.
     """
-    plan = _require_prepared(prepared)
+    plan = _require_prepared(inside(prepared))
     check_ranges(prepared, "convert")
-    return convert_planned(copy.deepcopy(prepared).cpu(), plan)
+    return convert_planned(uncompiled_copy(prepared).cpu(), plan)
 
 
 def quantize_dynamic(module: nn.Module, recipe: Recipe | str = "dynamic") -> nn.Module:
@@ -91,10 +93,11 @@ def quantize_dynamic(module: nn.Module, recipe: Recipe | str = "dynamic") -> nn.
     recipe = parse_recipe(recipe)
     if not isinstance(recipe, DynamicPTQ):
         raise ConfigurationError(f"Expected a DynamicPTQ recipe, but got {recipe!r}: use prepare, calibrate and convert for it.")
+    module = uncompiled_copy(module).cpu()
     check_overrides(recipe, {"": module})
     plan = make_plan(module, recipe)
     require_layers({"": plan})
-    return convert_planned(copy.deepcopy(module).cpu(), plan)
+    return convert_planned(module, plan)
 
 
 def measure_parity(prepared: nn.Module, int8: nn.Module, batches: Sequence[Any]) -> tuple[LayerParity, ...]:

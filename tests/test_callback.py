@@ -330,10 +330,25 @@ def test_value_ranges_are_reported(flow):
     assert bits == {"net.conv1": (8, True), "net.conv2": (8, True), "net.hidden": (8, True), "net.fc": (7, False)}
 
 
-def test_quantization_under_mixed_precision():
-    callback = QuantizationCallback("qat")
-    fit(callback, precision="bf16-mixed")
+@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("recipe", [QAT, StaticPTQ])
+def test_quantization_under_mixed_precision(flow, recipe, monkeypatch):
+    rounded, round_weights = set(), torch.fake_quantize_per_channel_affine
+    monkeypatch.setattr(
+        torch, "fake_quantize_per_channel_affine", lambda x, *arguments: rounded.add(x.dtype) or round_weights(x, *arguments)
+    )
+    callback, outputs = QuantizationCallback(recipe(flow=flow)), set()
+
+    class Watching(Plain):
+        def training_step(self, batch, batch_idx):
+            outputs.add(self.net(batch[0]).dtype)
+            return super().training_step(batch, batch_idx)
+
+    module, _ = fit(callback, Watching(), precision="bf16-mixed")
+    assert outputs == {torch.bfloat16} and rounded == {torch.float32}
     assert callback.report.parity_passed
+    ranges = [buffer for quant in fake_quants(module) for buffer in quant.buffers() if buffer.is_floating_point()]
+    assert {buffer.dtype for buffer in ranges} <= {torch.float32}
 
 
 def test_quantization_with_averaged_weights():
