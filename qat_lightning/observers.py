@@ -65,10 +65,20 @@ def follow_weights(module: nn.Module) -> None:
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[Any, Tensor]]:
+    """Yield each fake-quant of weights, and what it rounds: of a fused BatchNorm, the weight scaled by it."""
     for layer in module.modules():
         fake_quant, weight = getattr(layer, "weight_fake_quant", None), getattr(layer, "weight", None)
         if hasattr(fake_quant, "measure") and isinstance(weight, Tensor):
-            yield fake_quant, weight.detach()
+            yield fake_quant, weight.detach() * _folded_scale(layer, weight.dim())
+
+
+def _folded_scale(layer: Any, dims: int) -> Tensor | float:
+    norm = getattr(layer, "bn", None)
+    if norm is None:
+        return 1.0
+    # In the order of operations of torch's fused layers, for the same last bit.
+    scale = norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
+    return scale.reshape(-1, *[1] * (dims - 1))
 
 
 def freeze_ranges(module: nn.Module) -> None:

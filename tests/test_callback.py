@@ -323,6 +323,25 @@ def test_batch_norm_is_folded_into_int8(recipe):
 
 
 @pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("freeze", [None, When(epoch=1)])
+def test_weight_scales_are_those_of_the_weights_that_are_rounded(flow, freeze):
+    net = ModuleNet()
+    for layer in (net.bn1, net.bn2):
+        torch.nn.init.uniform_(layer.weight, 0.2, 3.0)
+        layer.running_var.uniform_(0.1, 0.3)
+    module, _ = fit(QuantizationCallback(QAT(flow=flow, freeze_observers=freeze)), Plain(net, lr=0.0), max_epochs=2)
+    weights = [child.weight_fake_quant for child in module.modules() if hasattr(child, "weight_fake_quant")]
+    kept = [child.scale.clone() for child in weights]
+    if freeze is None:  # else BatchNorm has moved since
+        for child in weights:
+            child.enable_observer()
+        module.net.eval()(IMAGES)
+    raw = module.net.conv1.weight.detach().flatten(1).abs().amax(1) / 127
+    assert len(kept) == 4 and not torch.allclose(kept[0], raw, rtol=0.1)
+    assert all(torch.equal(scale, child.scale) for scale, child in zip(kept, weights, strict=True))
+
+
+@pytest.mark.parametrize("flow", ["fx", "eager"])
 def test_value_ranges_are_reported(flow):
     callback = QuantizationCallback(QAT(flow=flow, activation_bits=8, overrides={"fc": {"activation_bits": 7, "per_channel": False}}))
     fit(callback, max_epochs=1)
