@@ -1,6 +1,6 @@
 """Runs batches through the observers of a prepared module."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence, Sized
 from itertools import islice
 from typing import Any
 
@@ -42,13 +42,7 @@ def calibrate(
         CalibrationError: no batch, or NaN or infinite values in a batch or an activation.
     """
     modules = list(prepared)
-    for module in modules:
-        apply_phase(module, WATCHING)
-    with fail_together(processes):
-        count = _watch(batches, step, limit, progress)
-    count = merge_calibration(modules, count, processes)
-    if count == 0:
-        raise CalibrationError("Calibration got no batch: the loader is empty. Give it at least one batch of training data.")
+    count = observe(modules, batches, step, limit, progress, processes)
     for module in modules:
         check_ranges(module, "calibration")
         freeze_ranges(module)
@@ -56,15 +50,43 @@ def calibrate(
     return count
 
 
+def observe(
+    modules: Sequence[nn.Module],
+    batches: Iterable[Any],
+    step: Callable[[Any], Any],
+    limit: int | None,
+    progress: bool,
+    processes: Processes,
+) -> int:
+    """Let the observers of ``modules`` watch ``batches``; arguments, result and errors are those of :func:`calibrate`."""
+    for module in modules:
+        apply_phase(module, WATCHING)
+    with fail_together(processes):
+        count = _watch(batches, step, limit, progress)
+    count = merge_calibration(modules, count, processes)
+    if count == 0:
+        raise CalibrationError("Calibration got no batch: the loader is empty. Give it at least one batch of training data.")
+    return count
+
+
 def _watch(batches: Iterable[Any], step: Callable[[Any], Any], limit: int | None, progress: bool) -> int:
     chosen = islice(batches, limit)
+    total = min((number for number in (limit, length_of(batches)) if number is not None), default=None)
     count = 0
-    for batch in track(chosen, "Calibrating", total=limit) if progress else chosen:
+    for batch in track(chosen, "Calibrating", total=total) if progress else chosen:
         refuse_nan(batch, count)
         with alone(), torch.inference_mode():
             step(batch)
         count += 1
     return count
+
+
+def length_of(batches: Iterable[Any]) -> int | None:
+    """Return how many batches there are, None where they do not tell."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # what a DataLoader over an iterable dataset raises
+        return None
 
 
 def refuse_nan(batch: Any, index: int) -> None:

@@ -19,19 +19,21 @@ from qat_lightning.checkpoint import ConvertedWeights, best_checkpoint, has_chec
 from qat_lightning.compilation import read_plain_names, uncompile
 from qat_lightning.conversion import Baseline, quantize_copy, rehearse
 from qat_lightning.core import plan_of, prepare_planned, require_layers
+from qat_lightning.distillation import Distillation
 from qat_lightning.distributed import ALONE, Processes, fail_together, synchronize_ranges
-from qat_lightning.environment import check_callbacks, check_trainer, counted_horizon_of, horizon_of, progress_of
+from qat_lightning.environment import check_callbacks, check_trainer, counted_horizon_of, horizon_of, loss_scale_of, progress_of
 from qat_lightning.errors import CalibrationError, ConfigurationError, QuantizationError
 from qat_lightning.evaluation import serialized_bytes
 from qat_lightning.gate import PARITY_ACTIONS, ParityAction, check_parity
 from qat_lightning.observers import apply_phase, freeze_bn, switch_observers_off
 from qat_lightning.plan import Plan, check_fuse, check_overrides, make_plan
 from qat_lightning.pruning import keep_zeros
+from qat_lightning.ranges import calibrate_ranges, learnt_nothing
 from qat_lightning.recipe import QAT, Recipe, check_choice, parse_recipe
 from qat_lightning.report import Report
 from qat_lightning.running import attached, calibration_batches, clone, evaluation_step, example_calls, to_device
 from qat_lightning.schedule import Phase, check_reachable, phase
-from qat_lightning.state import plans_in
+from qat_lightning.state import float_weights, plans_in
 from qat_lightning.targets import CallRecorder, already, find_targets
 
 log = logging.getLogger(__name__)
@@ -102,6 +104,7 @@ class QuantizationCallback(Callback):
         self._rehearsed = False
         self._recorder: CallRecorder | None = None
         self._zeros: list[RemovableHandle] = []
+        self._distillation: Distillation | None = None
         self._refusal: RemovableHandle | None = None
         self._converted: Path | None = None
         self._batch_norms: dict[str, nn.Module] = {}
@@ -287,7 +290,10 @@ class QuantizationCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Enter the phase that the trainer's progress calls for."""
         if isinstance(self._recipe, QAT):
-            self._enter(pl_module, phase(self._recipe, progress_of(trainer, batch_idx)))
+            wanted = phase(self._recipe, progress_of(trainer, batch_idx))
+            if wanted.fake_quant:
+                self._begin(trainer, pl_module, self._recipe)
+            self._enter(pl_module, wanted)
         if not self._rehearsed:
             self._recorder = CallRecorder({name: pl_module.get_submodule(name) for name in self._plans})
 
@@ -336,9 +342,39 @@ class QuantizationCallback(Callback):
         """Switch observers off, and let BatchNorm learn again should the module be trained further."""
         self._leave(pl_module)
         self._release_zeros()
+        if self._distillation is not None:
+            self._distillation.stop()
+            self._distillation = None
         for target in already(pl_module)[0].values():
             freeze_bn(target, frozen=False)
         keep_ranges(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, recipe: QAT) -> None:
+        """Calibrate where fake-quant begins now, as the state dict tells, so that a resumed run does not do it again; and teach."""
+        targets = {name: pl_module.get_submodule(name) for name in self._plans}
+        fresh = [name for name, target in targets.items() if learnt_nothing(target)]
+        if fresh and recipe.calibration_batches:
+            batches = calibration_batches(trainer, self._calibration_data)
+            calibrate_ranges(pl_module, fresh, recipe, trainer, batches, self.calibration_step)
+        if not recipe.distillation:
+            return
+        for name in self._baseline.targets.keys() & fresh:
+            self._baseline.targets[name].load_state_dict(float_weights(targets[name]), strict=False)
+        if self._distillation is None:
+            self._distillation = Distillation(targets, self._baseline.targets, recipe.distillation, lambda: loss_scale_of(trainer))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the teachers of a distillation, which a resumed run could not have from anywhere else."""
+        teaching = isinstance(self._recipe, QAT) and bool(self._recipe.distillation)
+        return {"teachers": {name: target.state_dict() for name, target in self._baseline.targets.items()}} if teaching else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the teachers of the run that is resumed."""
+        for name, weights in state_dict.get("teachers", {}).items():
+            if name in self._baseline.targets:
+                self._baseline.targets[name].load_state_dict(weights)
 
     def _enter(self, pl_module: LightningModule, wanted: Phase) -> None:
         if wanted == self._phase:

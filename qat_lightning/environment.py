@@ -88,3 +88,11 @@ def progress_of(trainer: Trainer, batch_idx: int) -> Progress:
     """Return how far the run has come before batch ``batch_idx`` of the current epoch."""
     epoch, step = trainer.current_epoch, trainer.global_step
     return Progress(epoch=epoch, step=step, fraction=horizon_of(trainer).fraction(epoch, batch_idx, step))
+
+
+def loss_scale_of(trainer: Trainer) -> float:
+    """Return what Lightning multiplies the gradients of the loss by: for gradient accumulation, and against underflow in float16."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    automatic = trainer.lightning_module.automatic_optimization
+    accumulated = trainer.accumulate_grad_batches if automatic else 1
+    return (1.0 if scaler is None else float(scaler.get_scale())) / accumulated

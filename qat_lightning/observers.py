@@ -77,8 +77,8 @@ def _folded_scale(layer: Any, dims: int) -> Tensor | float:
     if norm is None:
         return 1.0
     # In the order of operations of torch's fused layers, for the same last bit.
-    scale = norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
-    return scale.reshape(-1, *[1] * (dims - 1))
+    scale: Tensor = norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
+    return scale.reshape([-1] + [1] * (dims - 1))
 
 
 def freeze_ranges(module: nn.Module) -> None:

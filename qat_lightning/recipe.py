@@ -11,10 +11,11 @@ from torch import nn
 
 FlowName: TypeAlias = Literal["fx", "eager"]
 BackendName: TypeAlias = Literal["x86", "fbgemm", "onednn", "qnnpack"]
+ObserverName: TypeAlias = Literal["histogram", "minmax", "moving_average"]
 
 FLOWS: tuple[FlowName, ...] = ("fx", "eager")
 BACKENDS: tuple[BackendName, ...] = ("x86", "fbgemm", "onednn", "qnnpack")
-OBSERVERS = ("histogram", "minmax", "moving_average")
+OBSERVERS: tuple[ObserverName, ...] = ("histogram", "minmax", "moving_average")
 ACTIVATION_BITS = (7, 8)
 
 
@@ -30,6 +31,13 @@ def check_count(argument: str, value: object, minimum: int) -> None:
         raise TypeError(f"Expected argument `{argument}` to be an integer, but got {value!r}.")
     if value < minimum:
         raise ValueError(f"Expected argument `{argument}` to be at least {minimum}, but got {value}.")
+
+
+def _check_share(argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"Expected argument `{argument}` to be a number, but got {value!r}.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"Expected argument `{argument}` to lie in [0, 1], but got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +163,12 @@ class QAT(Recipe):
         freeze_observers: from then on activation and weight ranges stay as they are; None: never.
         freeze_bn: from then on BatchNorm normalises with its running statistics and stops updating them; None: never.
         start: fake-quant begins here, observers watch from the first step; None: at once.
+        calibration_batches: how many batches the activation ranges are calibrated with when fake-quant begins, as in post-training
+            quantization; 0 for none: ranges start with the first batch, which suits a network that starts untrained.
+        observer: how the calibration chooses a range: ``"histogram"`` (smallest squared error), ``"minmax"``, ``"moving_average"``.
+            Until observers are frozen, training moves the ranges on by a moving average of minima and maxima.
+        distillation: share of the gradient that comes from the float model in place of the loss, in [0, 1]; see
+            :mod:`qat_lightning.distillation`. The float model is the module as it is when it is prepared: leave 0 for an untrained one.
         keep_zeros: weights that are exactly zero when training begins, those of a pruned network, stay zero.
     """
 
@@ -163,11 +177,17 @@ class QAT(Recipe):
     freeze_observers: When | None = field(default_factory=lambda: When(fraction=0.6))
     freeze_bn: When | None = field(default_factory=lambda: When(fraction=0.5))
     start: When | None = None
+    calibration_batches: int = 32
+    observer: ObserverName = "histogram"
+    distillation: float = 0.0
     keep_zeros: bool = True
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
+        check_count("calibration_batches", self.calibration_batches, minimum=0)
+        check_choice("observer", self.observer, OBSERVERS)
+        _check_share("distillation", self.distillation)
         if not isinstance(self.keep_zeros, bool):
             raise TypeError(f"Expected argument `keep_zeros` to be a bool, but got {self.keep_zeros!r}.")
         for argument in ("freeze_observers", "freeze_bn", "start"):
@@ -188,7 +208,7 @@ class StaticPTQ(Recipe):
     name: ClassVar[str] = "ptq"
 
     calibration_batches: int = 32
-    observer: Literal["histogram", "minmax", "moving_average"] = "histogram"
+    observer: ObserverName = "histogram"
 
     def __post_init__(self) -> None:
         """Check the values."""

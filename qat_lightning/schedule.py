@@ -93,9 +93,11 @@ def check_reachable(recipe: QAT, horizon: Horizon) -> None:
     Raises:
         ConfigurationError: observers that never learn, a moment at or after the end of training, or a fraction of a run without an end.
     """
-    if recipe.freeze_observers is not None and not any(vars(recipe.freeze_observers).values()):
+    frozen_at_once = recipe.freeze_observers is not None and not any(vars(recipe.freeze_observers).values())
+    if frozen_at_once and not recipe.calibration_batches:
         raise ConfigurationError(
-            f"`freeze_observers={recipe.freeze_observers}` freezes the ranges before the observers have seen any data: use a later moment."
+            f"`freeze_observers={recipe.freeze_observers}` freezes the ranges before the observers have seen any data: "
+            f"use a later moment, or calibrate them with `calibration_batches`."
         )
     for argument in ("start", "freeze_bn", "freeze_observers"):
         when = getattr(recipe, argument)

@@ -93,6 +93,12 @@ class PreparedState:
         return {name: state[own] for name, own in self.names.items() if own in state}
 
 
+def float_weights(prepared: nn.Module) -> dict[str, Any]:
+    """Return the tensors of a prepared module under the names they had before."""
+    state = PreparedState.of(prepared)
+    return {} if state is None else state.float_weights(prepared.state_dict())
+
+
 def _owner(hook: Any) -> PreparedState | None:
     hook = getattr(hook, "hook", hook)
     owner = hook.args[0] if isinstance(hook, partial) and hook.args else None

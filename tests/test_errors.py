@@ -139,7 +139,12 @@ SETUPS = {
         r"`freeze_observers=When\(step=9\)`",
     ),
     "start after the end": (lambda: qat(start=When(epoch=5)), Plain, {}, r"`start=When\(epoch=5\)` is never reached"),
-    "freeze before any data": (lambda: qat(freeze_observers=When(epoch=0)), Plain, {}, r"`freeze_observers=When\(epoch=0\)`"),
+    "freeze before any data": (
+        lambda: qat(freeze_observers=When(epoch=0), calibration_batches=0),
+        Plain,
+        {},
+        r"`freeze_observers=When\(epoch=0\)`.*`calibration_batches`",
+    ),
     "fraction without an end": (lambda: QuantizationCallback("qat"), Plain, {"max_epochs": -1}, "needs a run whose end is known"),
     "double precision": (lambda: qat(), Plain, {"precision": "64-true"}, "precision='64-true' is not supported.*'32-true'"),
     "half precision": (lambda: qat(), Plain, {"precision": "bf16-true"}, "precision='bf16-true' is not supported"),

@@ -36,6 +36,11 @@ WEIGHT_RANGE = {"quant_min": -128, "quant_max": 127}
 KERNEL_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 
+def _round(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return ``x`` rounded to the grid as int8 kernels do it: even one whose range has 7 bits lets outliers use the eighth."""
+    return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, 0, 255).to(x.dtype)
+
+
 class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
     """Fake-quant of activations during training: torch's fused module, computed in float32 whatever the precision.
 
@@ -47,13 +52,35 @@ class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
         """Return ``x`` rounded to the grid, in the dtype of ``x``; integers pass through."""
         if not x.is_floating_point():
             return x
-        return super().forward(x.float()).to(x.dtype)
+        if self.observer_enabled[0]:
+            return super().forward(x.float()).to(x.dtype)
+        return _round(x, self.scale, self.zero_point) if self.fake_quant_enabled[0] else x
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return scale and zero point."""
         if self.fake_quant_enabled[0]:
             return self.scale, self.zero_point
         return super().calculate_qparams()
+
+    def twin(self, observer: str) -> "CalibratedFakeQuantize":
+        """Return a fake-quant of the same value range that is calibrated by ``observer``."""
+        own = self.activation_post_process
+        settings = {"quant_min": own.quant_min, "quant_max": own.quant_max, "dtype": self.dtype, "qscheme": self.qscheme}
+        twin: CalibratedFakeQuantize = _constructor(CalibratedFakeQuantize, observer=ACTIVATION_OBSERVERS[observer], **settings)()
+        return twin.to(self.scale.device)
+
+    def take_range(self, twin: "CalibratedFakeQuantize") -> None:
+        """Take over the range of a calibrated twin; one that has seen nothing has none."""
+        observer = twin.activation_post_process
+        if observer.min_val > observer.max_val:
+            return
+        twin.freeze_range()
+        self.scale.copy_(twin.scale)
+        self.zero_point.copy_(twin.zero_point)
+        low = (observer.quant_min - twin.zero_point) * twin.scale
+        high = (observer.quant_max - twin.zero_point) * twin.scale
+        self.activation_post_process.min_val.copy_(low.squeeze())
+        self.activation_post_process.max_val.copy_(high.squeeze())
 
     def follow_observer(self) -> None:
         """Set scale and zero point for the range that the observer holds, by the formula of the forward pass."""
@@ -126,10 +153,7 @@ class CalibratedFakeQuantize(FakeQuantize):
             self._observe(x.detach().float())
         if not self.fake_quant_enabled[0]:
             return x
-        observer = self.activation_post_process
-        return torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, observer.quant_min, observer.quant_max).to(
-            x.dtype
-        )
+        return _round(x, self.scale, self.zero_point)
 
     def _observe(self, x: Tensor) -> None:
         if torch.isfinite(x).all():

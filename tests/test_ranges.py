@@ -1,0 +1,149 @@
+"""Calibrated ranges when fake-quant begins."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch import nn
+
+from qat_lightning import QAT, CalibrationError, QuantizationCallback, StaticPTQ, When
+from qat_lightning.observers import fake_quants
+from tests.nets import QUIET, Images, ModuleNet, Plain, fit
+from tests.test_callback import IMAGES
+
+FLOWS = pytest.mark.parametrize("flow", ["fx", "eager"])
+FIXED = {"freeze_observers": When(epoch=0), "freeze_bn": When(epoch=0)}
+
+
+def untrained_net():
+    net = ModuleNet()
+    net.drop.p = 0.0
+    return net
+
+
+def trained_net():
+    seed_everything(2)
+    return fit(Callback(), Plain(untrained_net()), max_epochs=2)[0].net
+
+
+def layers(callback):
+    return {layer.layer: (layer.scale, layer.zero_point) for layer in callback.report.layers}
+
+
+class Counting(QuantizationCallback):
+    """Keeps the optimizer step at which each batch is calibrated with, those of the report left out."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.steps, self.over = [], False
+
+    def on_train_end(self, trainer, pl_module):
+        super().on_train_end(trainer, pl_module)
+        self.over = True
+
+    def calibration_step(self, module, batch):
+        if not self.over:
+            self.steps.append(module.trainer.global_step)
+        super().calibration_step(module, batch)
+
+
+class Still(Images):
+    """The same batches in the same order, for calibration and for training."""
+
+    def train_dataloader(self):
+        return self.val_dataloader()
+
+
+@FLOWS
+@pytest.mark.parametrize("observer", ["histogram", "minmax"])
+def test_qat_begins_with_the_ranges_of_ptq(flow, observer):
+    net = trained_net()
+    ptq = QuantizationCallback(StaticPTQ(flow=flow, observer=observer, calibration_batches=3))
+    fit(ptq, Plain(net), Still(), max_epochs=0)
+    qat = QuantizationCallback(QAT(flow=flow, observer=observer, calibration_batches=3, **FIXED))
+    fit(qat, Plain(net, lr=0.0), Still(), max_epochs=1)
+    assert layers(qat).keys() == layers(ptq).keys() and len(layers(qat)) == 4
+    for name, (scale, zero_point) in layers(ptq).items():
+        assert layers(qat)[name] == (pytest.approx(scale, rel=1e-3), zero_point)
+
+
+@FLOWS
+def test_nothing_but_ranges_changes(flow):
+    class Keep(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.state = getattr(self, "state", None) or {name: value.clone() for name, value in pl_module.named_parameters()}
+            self.norms = [layer.running_mean.clone() for layer in pl_module.modules() if isinstance(layer, nn.BatchNorm2d)]
+            self.random = torch.get_rng_state()
+
+    kept = []
+    for batches in (0, 3):
+        seed_everything(1)
+        watch = Keep()
+        fit(QuantizationCallback(QAT(flow=flow, calibration_batches=batches)), watching=[watch], max_epochs=1, limit_train_batches=1)
+        kept.append(watch)
+    without, calibrated = kept
+    assert without.norms and all(map(torch.equal, without.norms, calibrated.norms))
+    assert all(torch.equal(value, calibrated.state[name]) for name, value in without.state.items())
+    assert torch.equal(without.random, calibrated.random)
+
+
+@FLOWS
+@pytest.mark.parametrize(("start", "steps"), [(None, {0}), (When(step=7), {7}), (When(epoch=1), {6})])
+def test_calibration_comes_when_fake_quant_begins(flow, start, steps):
+    callback = Counting(QAT(flow=flow, start=start, calibration_batches=4))
+    fit(callback, max_epochs=3)
+    assert set(callback.steps) == steps and len(callback.steps) == 4
+
+
+def test_a_resumed_run_and_a_second_fit_calibrate_no_more(tmp_path):
+    first = Counting("qat")
+    module, trainer = fit(first, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    resumed = Counting("qat")
+    Trainer(max_epochs=2, callbacks=[resumed], **QUIET).fit(Plain(), Images(), ckpt_path=tmp_path / "one.ckpt")
+    again = Counting("qat")
+    Trainer(max_epochs=1, callbacks=[again], **QUIET).fit(module, Images())
+    assert first.steps and not resumed.steps and not again.steps
+
+
+def test_no_calibration():
+    callback = Counting(QAT(calibration_batches=0))
+    fit(callback, max_epochs=1)
+    assert not callback.steps and callback.report.parity_passed
+
+
+def test_what_a_calibration_batch_never_reaches_learns_in_training():
+    class Auxiliary(ModuleNet):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(4, 4)
+
+        def forward(self, x):
+            out = super().forward(x)
+            return self.other(out) if self.training else out
+
+    module = Plain(Auxiliary())
+    module.net.other.weight.data.copy_(torch.eye(4))
+    fit(QuantizationCallback(QAT(flow="eager", overrides={"other": None})), module, max_epochs=1)
+    assert all(quant.scale.isfinite().all() for quant in fake_quants(module) if hasattr(quant, "scale"))
+
+
+def test_seven_bits_stay_in_parity():
+    callback = QuantizationCallback(QAT(flow="eager", activation_bits=7))
+    fit(callback, max_epochs=1)
+    assert callback.report.max_steps <= 1
+
+
+def test_nan_before_training_is_named():
+    module = Plain()
+    module.net.conv2.weight.data[0] = torch.nan
+    with pytest.raises(CalibrationError, match=r"net: the observer .* NaN or infinite activations before training"):
+        fit(QuantizationCallback("qat"), module, max_epochs=1)
+
+
+def test_outputs_are_those_of_the_float_net_up_to_rounding():
+    net = trained_net()
+    expected = net.eval()(IMAGES).detach()
+    module = Plain(net.train(), lr=0.0)
+    callback = QuantizationCallback(QAT(**FIXED))
+    fit(callback, module, max_epochs=1)
+    torch.testing.assert_close(callback.quantized_module.net(IMAGES), expected, atol=0.1 * float(expected.abs().max()), rtol=0)
