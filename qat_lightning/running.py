@@ -33,7 +33,7 @@ def clone(module: ModuleT) -> ModuleT:
 
 
 @contextmanager
-def attached(module: LightningModule, trainer: Trainer) -> Iterator[None]:
+def attached(module: LightningModule, trainer: Trainer | None) -> Iterator[None]:
     """Give a copied module its trainer for the time of the block, with ``self.log`` switched off: no loop is there to log for."""
     module.trainer = trainer
     for name in ("log", "log_dict"):
@@ -44,6 +44,16 @@ def attached(module: LightningModule, trainer: Trainer) -> Iterator[None]:
         for name in ("log", "log_dict"):
             vars(module).pop(name)
         module.trainer = None
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """Return the Trainer that last ran the module; None where there is none, or no longer."""
+    try:
+        trainer: Trainer = module.trainer
+        trainer.state  # noqa: B018 - the module holds it weakly
+    except (RuntimeError, ReferenceError):
+        return None
+    return trainer
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
