@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -27,18 +27,22 @@ from qat_lightning.evaluation import serialized_bytes
 from qat_lightning.gate import PARITY_ACTIONS, ParityAction, check_parity
 from qat_lightning.observers import apply_phase, freeze_bn, switch_observers_off
 from qat_lightning.plan import Plan, check_fuse, check_overrides, make_plan
-from qat_lightning.pruning import keep_zeros
+from qat_lightning.pruning import keep_zeros, nonzero
 from qat_lightning.ranges import calibrate_ranges, learnt_nothing
 from qat_lightning.recipe import QAT, Recipe, check_choice, parse_recipe
 from qat_lightning.report import Report
-from qat_lightning.running import attached, calibration_batches, clone, evaluation_step, example_calls, to_device
+from qat_lightning.running import attached, calibration_batches, clone, evaluation_step, example_calls, to_device, trainer_of
 from qat_lightning.schedule import Phase, check_reachable, phase
 from qat_lightning.state import float_weights, plans_in
-from qat_lightning.targets import CallRecorder, already, find_targets
+from qat_lightning.targets import CallRecorder, already, concerns, find_targets
 
 log = logging.getLogger(__name__)
 
+NO_BASELINE = Baseline(targets={}, size_bytes=0)
+
 ACCURACY_NAMES = ("acc", "accuracy")
+# In a checkpoint: which weights were not zero when training began. After a resume others may be zero by chance.
+NONZERO = "quantization_nonzero"
 
 
 class QuantizationCallback(Callback):
@@ -98,11 +102,13 @@ class QuantizationCallback(Callback):
         self._init_from = init_from
         self._convert = convert
         self._parity: ParityAction = parity
-        self._baseline = Baseline(targets={}, size_bytes=0)
+        self._baseline = NO_BASELINE
+        self._baseline_of: int | None = None
         self._plans: dict[str, Plan] = {}
         self._phase: Phase | None = None
         self._rehearsed = False
         self._recorder: CallRecorder | None = None
+        self._nonzero: dict[str, Tensor] | None = None
         self._zeros: list[RemovableHandle] = []
         self._distillation: Distillation | None = None
         self._refusal: RemovableHandle | None = None
@@ -122,7 +128,7 @@ class QuantizationCallback(Callback):
         """The int8 copy of the LightningModule, on the CPU; under DDP on rank zero alone.
 
         Raises:
-            QuantizationError: no fit has ended yet, or this process is not rank zero.
+            QuantizationError: no fit has ended yet and nothing was converted, or this process is not rank zero.
         """
         if self._quantized is None:
             raise QuantizationError(self._why_none("quantized module"))
@@ -133,7 +139,7 @@ class QuantizationCallback(Callback):
         """What became of size, latency and parity, and of accuracy where ``trainer.test`` has measured it; under DDP on rank zero alone.
 
         Raises:
-            QuantizationError: no fit has ended yet, or this process is not rank zero.
+            QuantizationError: no fit has ended yet and nothing was converted, or this process is not rank zero.
         """
         if self._report is None:
             raise QuantizationError(self._why_none("report"))
@@ -169,7 +175,7 @@ class QuantizationCallback(Callback):
         if int8:
             return
         check_trainer(trainer)
-        if prepared and not isinstance(self._recipe, QAT):
+        if not isinstance(self._recipe, QAT) and any(concerns(name, self._modules) for name in prepared):
             raise ConfigurationError(
                 f"{type(pl_module).__name__} was prepared for QAT, but this callback has recipe {self._recipe.name!r}: use a fresh module."
             )
@@ -193,14 +199,15 @@ class QuantizationCallback(Callback):
         """Name the recipe that wrote a checkpoint where torch would only list missing keys."""
         if self._refusal is not None:
             self._refusal.remove()
-        self._refusal = refuse_unprepared(pl_module, self._recipe)
+        self._refusal = refuse_unprepared(pl_module, self._recipe, self._modules)
 
     def _prepare_after_configure_model(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let ``configure_model``, which runs after setup and before weights are restored, prepare what it has built."""
+        build = pl_module.configure_model  # the user's, or what another callback has made of it
 
         def configure_model() -> None:  # not functools.wraps: Lightning would look through it and skip the hook
             vars(pl_module).pop("configure_model", None)
-            pl_module.configure_model()
+            build()
             self._prepare(trainer, pl_module, stage)
             self._batch_norms = batch_norms(pl_module)
 
@@ -208,13 +215,17 @@ class QuantizationCallback(Callback):
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _uncompile(pl_module)  # what configure_model has built
-        self._phase, self._rehearsed = None, False
-        prepared = self._adopt_prepared(pl_module)
+        self._phase, self._rehearsed, self._nonzero = None, False, None
+        adopted = self._adopted(pl_module)
         is_qat = isinstance(self._recipe, QAT)
-        missing = None if self._modules is None else [name for name in self._modules if name not in prepared]
-        if (prepared and not missing) or not (is_qat or stage == "fit"):
+        if is_qat:
+            self._plans = adopted
+        missing = None if self._modules is None else [name for name in self._modules if name not in adopted]
+        if self._baseline_of != id(pl_module):
+            self._baseline, self._baseline_of = NO_BASELINE, id(pl_module)
+        if (adopted and not missing) or not (is_qat or stage == "fit"):
             return
-        if self._init_from is not None and stage == "fit" and not prepared:
+        if self._init_from is not None and stage == "fit" and not adopted:
             load_into_built(pl_module, self._init_from)
         fresh = find_targets(pl_module, self._recipe, missing)
         if isinstance(self._calibration_data, Sized) and not len(self._calibration_data):
@@ -231,18 +242,18 @@ class QuantizationCallback(Callback):
             for name, plan in plans.items():
                 pl_module.set_submodule(name, prepare_planned(fresh[name], plan))
             copy_anew(trainer, pl_module)
-        self._plans.update(plans)
+        self._plans = {**adopted, **plans}
         layers = sum(len(plan.layers) for plan in plans.values())
         log.info("%d layers of %s will run in int8 (recipe %s, flow %s).", layers, sorted(plans), self._recipe.name, self._recipe.flow)
 
-    def _adopt_prepared(self, pl_module: LightningModule) -> list[str]:
-        """Take over the targets that an earlier fit has prepared, and return their names."""
+    def _adopted(self, pl_module: LightningModule) -> dict[str, Plan]:
+        """Return the plans of the targets that an earlier fit or a checkpoint has prepared."""
+        return {name: plan for name, target in self._prepared(pl_module).items() if (plan := plan_of(target)) is not None}
+
+    def _prepared(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+        """Return the prepared modules that are this callback's."""
         prepared, _ = already(pl_module)
-        plans = {name: plan for name, target in prepared.items() if (plan := plan_of(target)) is not None}
-        if self._modules is not None:
-            plans = {name: plan for name, plan in plans.items() if name in self._modules}
-        self._plans.update(plans)
-        return list(plans)
+        return {name: target for name, target in prepared.items() if self._modules is None or name in self._modules}
 
     def _make_plans(self, pl_module: LightningModule, targets: dict[str, nn.Module]) -> dict[str, Plan]:
         examples = example_calls(pl_module, targets)
@@ -257,7 +268,8 @@ class QuantizationCallback(Callback):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Of a float run take the weights alone: its optimizers know other parameters, and its epochs are over."""
+        """Take over which zeros the run keeps; of a float run the weights alone: its optimizers know other parameters."""
+        self._nonzero = checkpoint.get(NONZERO)
         training = trainer.state.fn == TrainerFn.FITTING and already(pl_module)[0]
         if not training or any(True for _ in plans_in(checkpoint["state_dict"])):
             return
@@ -274,7 +286,9 @@ class QuantizationCallback(Callback):
             check_reachable(self._recipe, counted_horizon_of(trainer))
         self._release_zeros()
         if isinstance(self._recipe, QAT) and self._recipe.keep_zeros:
-            self._zeros = [handle for target in already(pl_module)[0].values() for handle in keep_zeros(target)]
+            prepared = self._prepared(pl_module)
+            self._nonzero = nonzero(prepared) if self._nonzero is None else self._nonzero
+            self._zeros = keep_zeros(prepared, self._nonzero)
 
     def _release_zeros(self) -> None:
         for handle in self._zeros:
@@ -318,8 +332,10 @@ class QuantizationCallback(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Correct the ranges of averaged weights, which take the place of the module's own in a checkpoint."""
+        """Correct the ranges of averaged weights, which take the place of the module's own, and add which weights were not zero."""
         keep_ranges(trainer, pl_module)
+        if self._nonzero is not None:
+            checkpoint.setdefault(NONZERO, {}).update(self._nonzero)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -342,12 +358,30 @@ class QuantizationCallback(Callback):
         """Switch observers off, and let BatchNorm learn again should the module be trained further."""
         self._leave(pl_module)
         self._release_zeros()
+        self._stop_teaching()
+        for target in self._prepared(pl_module).values():
+            freeze_bn(target, frozen=False)
+        keep_ranges(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave a module that was interrupted as after a fit, to be tested, converted or trained on."""
+        if self._recorder is not None:
+            self._recorder.stop()
+            self._recorder = None
+        vars(pl_module).pop("configure_model", None)
+        self._leave(pl_module)
+        self._release_zeros()
+        self._stop_teaching()
+        for target in self._prepared(pl_module).values():
+            freeze_bn(target, frozen=False)
+            if not target.training:  # interrupted in a validation
+                target.eval()
+
+    def _stop_teaching(self) -> None:
         if self._distillation is not None:
             self._distillation.stop()
             self._distillation = None
-        for target in already(pl_module)[0].values():
-            freeze_bn(target, frozen=False)
-        keep_ranges(trainer, pl_module)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, recipe: QAT) -> None:
         """Calibrate where fake-quant begins now, as the state dict tells, so that a resumed run does not do it again; and teach."""
@@ -355,7 +389,12 @@ class QuantizationCallback(Callback):
         fresh = [name for name, target in targets.items() if learnt_nothing(target)]
         if fresh and recipe.calibration_batches:
             batches = calibration_batches(trainer, self._calibration_data)
-            calibrate_ranges(pl_module, fresh, recipe, trainer, batches, self.calibration_step)
+            if isinstance(batches, Sized) and not len(batches):
+                log.warning(
+                    "The training batches can be read once only: ranges begin with the first one. Give `calibration_data` for better."
+                )
+            else:
+                calibrate_ranges(pl_module, fresh, recipe, trainer, batches, self.calibration_step)
         if not recipe.distillation:
             return
         for name in self._baseline.targets.keys() & fresh:
@@ -379,12 +418,12 @@ class QuantizationCallback(Callback):
     def _enter(self, pl_module: LightningModule, wanted: Phase) -> None:
         if wanted == self._phase:
             return
-        for target in already(pl_module)[0].values():
+        for target in self._prepared(pl_module).values():
             apply_phase(target, wanted)
         self._phase = wanted
 
     def _leave(self, pl_module: LightningModule) -> None:
-        for target in already(pl_module)[0].values():
+        for target in self._prepared(pl_module).values():
             switch_observers_off(target)
         self._phase = None
 
@@ -395,20 +434,70 @@ class QuantizationCallback(Callback):
         """Make the int8 copy and the report; the trained module is left as it is."""
         put_back(pl_module, self._batch_norms)
         measure_averaged(trainer, pl_module)
-        batches = calibration_batches(trainer, self._calibration_data)
-        quantized, self._converted = self._copy(trainer, pl_module)
-        with attached(quantized, trainer):
+        copied, path = self._copy(trainer, pl_module)
+        self._quantize(copied, trainer, self._batches(trainer), path, self._processes)
+
+    def convert(self, pl_module: LightningModule, batches: Iterable[Any] | None = None) -> LightningModule:
+        """Convert a module as it is now, without a fit that ends: half-trained after an error or an interrupt, or between two fits.
+
+        Args:
+            pl_module: prepared by a fit of this callback, or by a checkpoint of QAT; it is not changed and can be trained on.
+            batches: as for ``calibration_data``; None: these, or else the training data of the Trainer that last ran ``pl_module``.
+
+        Returns:
+            the int8 copy on the CPU, which is ``quantized_module`` from now on; ``report`` is of it, too.
+
+        Raises:
+            QuantizationError: no fit has prepared the module, or it is in int8.
+            CalibrationError: there are no batches, or the observers have seen none.
+            ParityError: as at the end of a fit, with ``parity="error"``.
+        """
+        if isinstance(self._recipe, QAT):
+            self._plans = self._adopted(pl_module)
+        if not self._plans or not self._plans.keys() <= dict(pl_module.named_modules()).keys() or already(pl_module)[1]:
+            raise QuantizationError(
+                f"{type(pl_module).__name__} is not prepared by recipe {self._recipe.name!r}, so there is nothing to convert: call "
+                f"trainer.fit with this callback first, and give convert() the module that was fitted; an int8 one is converted already."
+            )
+        trainer = trainer_of(pl_module)
+        batches = self._batches(trainer) if batches is None else batches
+        if isinstance(batches, Sized) and not len(batches):
+            raise CalibrationError("There is no batch to calibrate or compare int8 with: give some, as in convert(module, batches).")
+        self._quantize(clone(pl_module).cpu().eval(), trainer, batches, None, ALONE)
+        return self.quantized_module
+
+    def _batches(self, trainer: Trainer | None) -> Iterable[Any]:
+        if trainer is None:
+            return self._calibration_data if self._calibration_data is not None else ()
+        return calibration_batches(trainer, self._calibration_data)
+
+    def _quantize(
+        self, copied: LightningModule, trainer: Trainer | None, batches: Iterable[Any], path: Path | None, processes: Processes
+    ) -> None:
+        """Turn a copy of the trained module into the int8 module, and report; ``path`` is where its weights come from."""
+        with attached(copied, trainer):
 
             def step(batch: Any) -> None:
-                self.calibration_step(quantized, to_device(quantized, batch))
+                self.calibration_step(copied, to_device(copied, batch))
 
             compare = self._parity != "off"
-            report = quantize_copy(quantized, self._plans, self._recipe, batches, step, self._baseline, compare, self._processes)
-        with fail_together(self._processes):
+            report = quantize_copy(copied, self._plans, self._recipe, batches, step, self._baseline, compare, processes)
+        self._converted = path
+        with fail_together(processes):
             if report is not None:
-                self._report = replace(report, checkpoint=None if self._converted is None else self._converted.name)
-                self._quantized = quantized
+                self._report = replace(report, checkpoint=None if path is None else path.name)
+                self._quantized = copied
+                self._share(copied, trainer)
                 check_parity(self._report, self._plans, self._baseline.targets, self._parity)
+
+    def _share(self, quantized: LightningModule, trainer: Trainer | None) -> None:
+        """Exchange int8 submodules with other callbacks, so that the int8 module of each has those of all."""
+        for other in trainer.callbacks if trainer is not None else ():  # type: ignore[attr-defined]
+            if isinstance(other, QuantizationCallback) and other is not self and other._quantized is not None:
+                for name in self._plans:
+                    other._quantized.set_submodule(name, quantized.get_submodule(name))
+                for name in other._plans:
+                    quantized.set_submodule(name, other._quantized.get_submodule(name))
 
     def _copy(self, trainer: Trainer, pl_module: LightningModule) -> tuple[LightningModule, Path | None]:
         """Return a copy on the CPU with the weights to convert, and the checkpoint they come from."""

@@ -2,7 +2,7 @@
 
 import logging
 import pickle
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -20,7 +20,7 @@ from qat_lightning.observers import fake_quants
 from qat_lightning.plan import Plan
 from qat_lightning.recipe import QAT, Recipe
 from qat_lightning.state import PreparedState, plans_in, written_by
-from qat_lightning.targets import already
+from qat_lightning.targets import already, concerns
 
 log = logging.getLogger(__name__)
 
@@ -72,19 +72,28 @@ def load_into_built(model: nn.Module, path: str | Path) -> None:
     target.load_state_dict({names[plain]: value for plain, value in weights.items()}, strict=False)
 
 
-def refuse_unprepared(module: nn.Module, recipe: Recipe) -> RemovableHandle:
-    """Refuse checkpoints of QAT for submodules that ``recipe`` has not prepared, by naming the recipe that wrote them.
+def refuse_unprepared(module: nn.Module, recipe: Recipe, modules: Sequence[str] | None) -> RemovableHandle:
+    """Refuse checkpoints of QAT for submodules that are not prepared for it, by naming the recipe that wrote them.
+
+    Args:
+        module: the LightningModule.
+        recipe: of the submodules named in ``modules``.
+        modules: None: all of them.
 
     Returns:
         the handle that ends it.
     """
-    handle: RemovableHandle = module.register_load_state_dict_pre_hook(partial(_refuse, recipe))  # type: ignore[no-untyped-call]
+    refuse: Any = partial(_refuse, recipe, modules)
+    handle: RemovableHandle = module.register_load_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call]
     return handle
 
 
-def _refuse(recipe: Recipe, module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
+def _refuse(
+    recipe: Recipe, modules: Sequence[str] | None, module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any
+) -> None:
     for name, plan in plans_in(state, prefix):
-        if not isinstance(recipe, QAT) or plan_of(_submodule(module, name, "The checkpoint")) is None:
+        other_recipe = not isinstance(recipe, QAT) and concerns(name, modules)
+        if other_recipe or plan_of(_submodule(module, name, "The checkpoint")) is None:
             raise CheckpointError(
                 f"The checkpoint was written by {written_by(plan)} for {name!r}, which recipe {recipe.name!r} here leaves in float. "
                 f"Load it with that recipe, or take its weights alone with QuantizationCallback(..., init_from=FILE)."

@@ -18,6 +18,8 @@ def apply_phase(module: nn.Module, phase: Phase) -> None:
         module: the prepared module, in train or eval mode.
         phase: what is to be on; BatchNorm is frozen or not only in train mode, eval mode freezes it anyway.
     """
+    if not phase.observers:
+        follow_weights(module)
     for fake_quant in fake_quants(module):
         fake_quant.enable_fake_quant(phase.fake_quant)
         fake_quant.enable_observer(phase.observers)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -34,7 +35,7 @@ def clone(module: ModuleT) -> ModuleT:
 
 
 @contextmanager
-def attached(module: LightningModule, trainer: Trainer) -> Iterator[None]:
+def attached(module: LightningModule, trainer: Trainer | None) -> Iterator[None]:
     """Give a copied module its trainer for the time of the block, with ``self.log`` switched off: no loop is there to log for."""
     module.trainer = trainer
     for name in ("log", "log_dict"):
@@ -45,6 +46,16 @@ def attached(module: LightningModule, trainer: Trainer) -> Iterator[None]:
         for name in ("log", "log_dict"):
             vars(module).pop(name)
         module.trainer = None
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """Return the Trainer that last ran the module; None where there is none, or no longer."""
+    try:
+        trainer: Trainer = module.trainer
+        trainer.state  # noqa: B018 - the module holds it weakly
+    except (RuntimeError, ReferenceError):
+        return None
+    return trainer
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
@@ -74,10 +85,10 @@ def evaluation_step(module: LightningModule, batch: Any) -> Any:
 
 
 def calibration_batches(trainer: Trainer, given: Iterable[Any] | None) -> Iterable[Any]:
-    """Return the batches for calibration of this process.
+    """Return the batches for calibration of this process; reading them leaves the loaders of the training alone.
 
     Args:
-        trainer: after a fit.
+        trainer: in its fit, or after it.
         given: what the user has chosen; None takes the datamodule's ``calibration_dataloader`` where it has one, which is for
             evaluation transforms, else the training batches.
     """
@@ -87,7 +98,24 @@ def calibration_batches(trainer: Trainer, given: Iterable[Any] | None) -> Iterab
     if given is not None:
         return own_share(given, Processes.of(trainer))
     # Of these, Lightning has given each process its own.
-    return trainer.train_dataloader if trainer.train_dataloader is not None else ()
+    loaders = trainer.train_dataloader
+    if isinstance(loaders, dict | list | tuple):
+        mode = trainer.fit_loop._combined_loader._mode  # type: ignore[union-attr]
+        return (batch for batch, _, _ in CombinedLoader(pytree.tree_map(_beside, loaders), mode))
+    return () if loaders is None else _beside(loaders)
+
+
+def _beside(loader: Any) -> Any:
+    """Return a loader of the same batches without a position: training may be in the middle of the other one, or save where it is.
+
+    What can be read once only, such as a generator, is kept for the training.
+    """
+    if isinstance(loader, Iterator):
+        return ()
+    copied = copy.copy(loader)
+    if "_iterator" in vars(copied):
+        vars(copied)["_iterator"] = None  # with persistent workers, or a state, the iterator would be started anew
+    return copied
 
 
 def first_of_batch(batch: Any) -> Any:

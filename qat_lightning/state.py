@@ -14,6 +14,7 @@ from qat_lightning.observers import follow_weights, measure_weights
 from qat_lightning.plan import Plan
 
 PLAN_KEY = "quantization_plan"
+OBSERVER_SWITCH = ".observer_enabled"
 FLOAT = "stays float"
 
 
@@ -26,6 +27,7 @@ class PreparedState:
     """Hooks on the state dict of a prepared module.
 
     Saving adds the plan. Loading checks it, or takes a float state dict: fake-quant then stays as it is, and weights are measured.
+    Observers stay on or off as they are: a checkpoint of the middle of training would have them learn from whatever runs next.
 
     Args:
         plan: how the module was prepared.
@@ -72,6 +74,7 @@ class PreparedState:
         given = {key.removeprefix(prefix): key for key in list(state) if key.startswith(prefix)}
         if PLAN_KEY in given:
             check_same(decode(state.pop(prefix + PLAN_KEY)), self.plan, prefix.rstrip("."))
+            state.update({prefix + name: switch for name, switch in module.state_dict().items() if name.endswith(OBSERVER_SWITCH)})
             return
         own = {name: tensor for name, tensor in module.state_dict().items() if name != PLAN_KEY}
         if not given or given.keys() & (own.keys() - set(self.names.values())):

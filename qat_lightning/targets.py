@@ -51,6 +51,11 @@ def already(root: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]
     return prepared, int8
 
 
+def concerns(name: str, modules: Sequence[str] | None) -> bool:
+    """Whether a submodule is one of those chosen, lies in one or holds one; None chooses all."""
+    return modules is None or any(f"{name}.".startswith(f"{chosen}.") or f"{chosen}.".startswith(f"{name}.") for chosen in modules)
+
+
 class CallRecorder:
     """Keeps the arguments that modules are called with, from its making until ``stop``.
 

@@ -1,11 +1,14 @@
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 from torch.nn.utils import prune
 
 from qat_lightning import QAT, ConfigurationError, QuantizationCallback
-from tests.nets import ModuleNet, Plain, fit
+from tests.nets import QUIET, ModuleNet, Plain, fit
+from tests.test_averaging import Deterministic, Ordered
+from tests.test_callback import same
 
 
 def zeros(net):
@@ -56,6 +59,33 @@ def test_zeros_are_kept_in_training_only():
     module = pruned()
     fit(QuantizationCallback("qat"), module)
     assert not module.net.conv1.weight._backward_hooks
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("flow", ["fx", "eager"])
+def test_a_resumed_run_keeps_the_zeros_it_began_with(flow, tmp_path):
+    """Half of a layer that begins at zero learns only after the checkpoint: its zeros are not those of pruning."""
+
+    class Slow(Plain):
+        def on_before_optimizer_step(self, optimizer):
+            if self.trainer.current_epoch == 0:
+                self.net.fc.weight.grad[0] = 0
+
+    def build():
+        seed_everything(1)
+        module = Slow(Deterministic())
+        with torch.no_grad():
+            module.net.fc.weight.zero_()
+            module.net.conv2.weight[:, :2] = 0
+        return module
+
+    first = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    whole, _ = fit(QuantizationCallback(QAT(flow=flow)), build(), Ordered(), [first], enable_checkpointing=True)
+    resumed = build()
+    trainer = Trainer(**{**QUIET, "max_epochs": 2, "callbacks": [QuantizationCallback(QAT(flow=flow))]})
+    trainer.fit(resumed, Ordered(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert (whole.net.fc.weight[0] != 0).any() and (whole.net.conv2.weight[:, :2] == 0).all()
+    assert same(whole.state_dict(), resumed.state_dict())
 
 
 def test_pruning_in_the_same_fit_is_refused():

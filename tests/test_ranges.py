@@ -105,6 +105,46 @@ def test_a_resumed_run_and_a_second_fit_calibrate_no_more(tmp_path):
     assert first.steps and not resumed.steps and not again.steps
 
 
+class Once(Images):
+    def train_dataloader(self):
+        return iter(super().train_dataloader())
+
+
+class Persistent(Images):
+    def train_dataloader(self):
+        return self.loader(num_workers=1, persistent_workers=True, shuffle=True)
+
+
+class Several(Images):
+    def train_dataloader(self):
+        return {"one": super().train_dataloader(), "two": super().train_dataloader()}
+
+
+class First(Plain):
+    """Trains and validates on the first of several loaders."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["one"], batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        return super().validation_step(batch["one"] if isinstance(batch, dict) else batch, batch_idx)
+
+
+def test_batches_that_can_be_read_once_are_kept_for_training(caplog):
+    callback = Counting("qat")
+    _, trainer = fit(callback, data=Once(), max_epochs=1)
+    assert not callback.steps and trainer.global_step == 6
+    assert "can be read once only" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*num_workers")
+@pytest.mark.parametrize(("data", "module"), [(Persistent, Plain), (Several, First)])
+def test_the_training_keeps_its_place(data, module):
+    callback = Counting(QAT(calibration_batches=4, start=When(step=2)))
+    _, trainer = fit(callback, module(), data(), max_epochs=2)
+    assert callback.steps == [2] * 4 and trainer.global_step == 12
+
+
 def test_no_calibration():
     callback = Counting(QAT(calibration_batches=0))
     fit(callback, max_epochs=1)
