@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
+    OnExceptionCheckpoint,
     RichProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -406,6 +407,21 @@ def test_a_half_trained_run_is_left_usable(flow, error, where, batch, interrupt_
     watch = Watch()
     fit(callback, module.train(), watching=[watch])
     assert watch.observers[0] == {True} and watch.bn_frozen[0] == {False} and close(callback.quantized_module, module)
+
+
+@FLOWS
+def test_an_interrupted_run_is_resumed(flow, tmp_path):
+    recipe, watch = QAT(flow=flow, freeze_observers=When(step=8)), Watch()
+    module = Interrupted()
+    module.error, module.batch = ValueError("half-way"), 5
+    with pytest.raises(ValueError, match="half-way"):
+        fit(QuantizationCallback(recipe), module, watching=[OnExceptionCheckpoint(tmp_path)], enable_checkpointing=True)
+    callback, resumed = QuantizationCallback(recipe, parity="error"), Plain()
+    trainer = Trainer(**{**QUIET, "max_epochs": 2, "callbacks": [callback, watch]})
+    with pytest.warns(UserWarning, match="resuming from a checkpoint that ended before the epoch ended"):
+        trainer.fit(resumed, Images(), ckpt_path=tmp_path / "on_exception.ckpt", weights_only=True)
+    assert watch.observers == [{index < 3} for index in range(len(watch.observers))] and len(watch.observers) > 3
+    assert close(callback.quantized_module, resumed)
 
 
 @FLOWS
