@@ -106,16 +106,16 @@ def has_checkpoints(trainer: Trainer) -> bool:
 
 
 def best_checkpoint(trainer: Trainer, monitored: bool) -> Path | None:
-    """Return the best checkpoint of the run, None where there is none.
+    """Return the best checkpoint of the run, by a metric where one is monitored; None where there is none.
 
     Args:
         trainer: after its fit.
         monitored: only where a metric decides which is best, not merely the time.
     """
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and (callback.monitor is not None or not monitored) and callback.best_model_path:
-            return Path(callback.best_model_path)
-    return None
+    callbacks = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.best_model_path]
+    by_metric = [one for one in callbacks if one.monitor is not None]
+    found = by_metric if by_metric or monitored else callbacks
+    return Path(found[0].best_model_path) if found else None
 
 
 def load_best(module: LightningModule, path: Path) -> bool:

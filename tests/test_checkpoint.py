@@ -19,7 +19,7 @@ from qat_lightning import (
 from qat_lightning.core import plan_of
 from qat_lightning.observers import fake_quants
 from tests.nets import QUIET, Images, ModuleNet, Plain, fit
-from tests.test_callback import IMAGES, Late, same
+from tests.test_callback import IMAGES, Late, same, snapshot
 
 # What Lightning says when a second Trainer writes into a folder or reads without the first one's callbacks, which is the point here.
 pytestmark = [
@@ -151,6 +151,19 @@ def test_load_from_checkpoint_with_one_line(flow, kind, taken, tmp_path):
     loaded = taken.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert same(loaded.net.state_dict(), module.net.state_dict())
     assert torch.equal(loaded.net.eval()(IMAGES), module.net.eval()(IMAGES))
+
+
+@FLOWS
+def test_a_loaded_module_does_not_learn_from_what_it_runs(flow, tmp_path):
+    """The checkpoint is of the middle of training, when observers were on."""
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    trained(QAT(flow=flow, freeze_observers=None), tmp_path, checkpoint=checkpoint)
+    loaded = Adopting.load_from_checkpoint(tmp_path / "step=4.ckpt", weights_only=True)
+    before = snapshot(loaded)
+    for mode in (True, False):
+        loaded.net.train(mode)(100 * IMAGES)
+    ranges = [name for name in before if name.endswith(("min_val", "scale"))]
+    assert len(ranges) > 10 and all(torch.equal(before[name], loaded.state_dict()[name]) for name in ranges)
 
 
 def test_a_module_that_adopts_reads_float_checkpoints_too(tmp_path):

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
+    OnExceptionCheckpoint,
     RichProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -82,6 +83,13 @@ class Clipped(Plain):
             self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
             optimizer.step()
             optimizer.zero_grad()
+
+
+class Judged(TwoOptimizers):
+    """Both networks run in validation, which is what calibrates."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.critic(self.net(batch[0])).mean())
 
 
 @dataclass
@@ -270,13 +278,12 @@ def test_a_fit_may_follow(again, flow):
     trains(module)
 
 
-@FLOWS
-def test_a_callback_may_fit_one_module_after_the_other(flow):
-    callback = QuantizationCallback(QAT(flow=flow), parity="error")
-    fit(callback, TwoOptimizers(), max_epochs=1)
-    assert callback.report.quantized_modules == 6
-    module, _ = fit(callback, max_epochs=1)
-    assert callback.report.quantized_modules == 4 and close(callback.quantized_module, module)
+@pytest.mark.parametrize("recipe", [QAT(), QAT(flow="eager"), StaticPTQ(calibration_batches=2)], ids=["fx", "eager", "ptq"])
+def test_a_callback_may_fit_one_module_after_the_other(recipe):
+    callback, two, one = QuantizationCallback(recipe, parity="error"), Judged(), Plain()
+    for module, layers in ((two, 6), (one, 4), (two, 6), (one, 4)):
+        fit(callback, module, max_epochs=1)
+        assert callback.report.quantized_modules == layers and close(callback.quantized_module, module)
 
 
 # --- two callbacks -----------------------------------------------------------------------------------------------------------
@@ -303,13 +310,6 @@ class EachNet(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         for name, seen in self.seen.items():
             seen.append({bool(quant.observer_enabled[0]) for quant in fake_quants(pl_module.get_submodule(name))})
-
-
-class Judged(TwoOptimizers):
-    """Both networks run in validation, which is what calibrates."""
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val/loss", self.critic(self.net(batch[0])).mean())
 
 
 class LateJudged(LateTwo):
@@ -396,6 +396,7 @@ def interrupted(flow, error=ValueError, where="training_step", batch=3, **recipe
 def test_a_half_trained_run_is_left_usable(flow, error, where, batch, interrupt_signal):
     callback, module, _ = interrupted(flow, error, where, batch, freeze_bn=When(step=2))
     assert not any(bool(quant.observer_enabled[0]) for quant in fake_quants(module))
+    assert all(child.training is (where == "training_step") for child in module.net.modules())
     assert not any(child._forward_pre_hooks and name == "net" and flow == "fx" for name, child in module.named_modules())
     before = snapshot(module)
     int8 = callback.convert(module)
@@ -406,6 +407,22 @@ def test_a_half_trained_run_is_left_usable(flow, error, where, batch, interrupt_
     watch = Watch()
     fit(callback, module.train(), watching=[watch])
     assert watch.observers[0] == {True} and watch.bn_frozen[0] == {False} and close(callback.quantized_module, module)
+
+
+@FLOWS
+@pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*there is no last checkpoint available")
+def test_an_interrupted_run_is_resumed(flow, tmp_path):
+    recipe, watch = QAT(flow=flow, freeze_observers=When(step=8)), Watch()
+    module = Interrupted()
+    module.error, module.batch = ValueError("half-way"), 5
+    with pytest.raises(ValueError, match="half-way"):
+        fit(QuantizationCallback(recipe), module, watching=[OnExceptionCheckpoint(tmp_path)], enable_checkpointing=True)
+    callback, resumed = QuantizationCallback(recipe, parity="error"), Plain()
+    trainer = Trainer(**{**QUIET, "max_epochs": 2, "callbacks": [callback, watch]})
+    with pytest.warns(UserWarning, match="resuming from a checkpoint that ended before the epoch ended"):
+        trainer.fit(resumed, Images(), ckpt_path=tmp_path / "on_exception.ckpt", weights_only=True)
+    assert watch.observers == [{index < 3} for index in range(len(watch.observers))] and len(watch.observers) > 3
+    assert close(callback.quantized_module, resumed)
 
 
 @FLOWS
@@ -421,6 +438,19 @@ def test_zeros_are_let_go_after_an_error(flow):
     with pytest.raises(ValueError, match="half-way"):
         fit(QuantizationCallback(QAT(flow=flow)), module)
     assert not module.net.conv1.weight._backward_hooks
+
+
+def test_an_error_before_the_network_is_built_leaves_nothing_behind():
+    class Failing(Callback):
+        def setup(self, trainer, pl_module, stage):
+            raise ValueError("no setup")
+
+    module, callback = LateJudged(), QuantizationCallback("qat")
+    with pytest.raises(ValueError, match="no setup"):
+        fit(callback, module, watching=[Failing()])
+    assert "configure_model" not in vars(module)
+    fit(callback, module, max_epochs=1)
+    assert callback.report.quantized_modules == 6
 
 
 @FLOWS
