@@ -402,6 +402,12 @@ class QuantizationCallback(Callback):
         if self._distillation is None:
             self._distillation = Distillation(targets, self._baseline.targets, recipe.distillation, lambda: loss_scale_of(trainer))
 
+    @property
+    @override
+    def state_key(self) -> str:
+        """Tell apart the callbacks of different submodules in a checkpoint."""
+        return self._generate_state_key(modules=None if self._modules is None else list(self._modules))
+
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the teachers of a distillation, which a resumed run could not have from anywhere else."""
