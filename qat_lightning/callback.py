@@ -56,6 +56,7 @@ class QuantizationCallback(Callback):
     Args:
         recipe: what to do, or the name of a recipe with its defaults: ``"qat"``, ``"ptq"``, ``"dynamic"``.
         modules: names of the submodules to quantize; None takes every child with layers to quantize, but no metric and no loss.
+            Callbacks with different names may share a Trainer.
         calibration_data: batches for static quantization, as the datamodule would give them, labels are not needed; None takes
             ``datamodule.calibration_dataloader()`` where there is one, else the training batches.
         init_from: file with float weights to start from: a checkpoint of a float or a QAT run, or a state dict. They are loaded when the

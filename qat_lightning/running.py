@@ -49,13 +49,11 @@ def attached(module: LightningModule, trainer: Trainer | None) -> Iterator[None]
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """Return the Trainer that last ran the module; None where there is none, or no longer."""
+    """Return the Trainer that last ran the module, None where none has."""
     try:
-        trainer: Trainer = module.trainer
-        trainer.state  # noqa: B018 - the module holds it weakly
-    except (RuntimeError, ReferenceError):
+        return module.trainer
+    except RuntimeError:
         return None
-    return trainer
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -115,11 +115,11 @@ class Killer(Callback):
 
 
 def kill_while_writing(trainer, step):
-    """Die when half of a checkpoint is in its file."""
+    """Die when half of last.ckpt is in its file."""
     write = LocalFileOpener.write
 
     def half(self, content):
-        if trainer.global_step < step:
+        if trainer.global_step < step or not self.path.endswith("last.ckpt"):
             return write(self, content)
         write(self, content[: len(content) // 2])
         self.f.flush()
