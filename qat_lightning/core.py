@@ -15,10 +15,12 @@ from qat_lightning.parity import merge
 from qat_lightning.plan import Call, Plan, check_fuse, check_overrides, make_plan
 from qat_lightning.recipe import DynamicPTQ, Recipe, parse_recipe
 from qat_lightning.report import LayerParity
+from qat_lightning.signature import Signature, widen
 from qat_lightning.state import PreparedState, tensor_names
 
 _PREPARED = "prepared"
 _INT8 = "int8"
+_INPUTS = "inputs"
 _MARK = "_qat_lightning"
 
 
@@ -59,7 +61,13 @@ def calibrate(prepared: nn.Module, batches: Iterable[Any], limit: int | None = N
     """
     _require_prepared(prepared)
     prepared.eval()
-    run_calibration([prepared], batches, lambda batch: as_call(batch).run(prepared), limit, progress)
+
+    def step(batch: Any) -> None:
+        call = as_call(batch)
+        record_inputs(prepared, widen(inputs_of(prepared), call))
+        call.run(prepared)
+
+    run_calibration([prepared], batches, step, limit, progress)
     return prepared
 
 
@@ -75,7 +83,9 @@ def convert(prepared: nn.Module) -> nn.Module:
     """
     plan = _require_prepared(prepared)
     check_ranges(prepared, "convert")
-    return convert_planned(copy.deepcopy(prepared).cpu(), plan)
+    int8 = convert_planned(copy.deepcopy(prepared).cpu(), plan)
+    record_inputs(int8, inputs_of(prepared))
+    return int8
 
 
 def quantize_dynamic(module: nn.Module, recipe: Recipe | str = "dynamic") -> nn.Module:
@@ -146,6 +156,17 @@ def int8_plan_of(module: nn.Module) -> Plan | None:
     return _read(module, _INT8)
 
 
+def record_inputs(module: nn.Module, inputs: Signature | None) -> None:
+    """Keep what a prepared or int8 module is called with."""
+    _home(module)[_MARK][_INPUTS] = inputs
+
+
+def inputs_of(module: nn.Module) -> Signature | None:
+    """Return what a prepared or int8 module is called with; None where nobody saw a call."""
+    inputs: Signature | None = _home(module)[_MARK].get(_INPUTS)
+    return inputs
+
+
 def require_layers(plans: dict[str, Plan]) -> None:
     """Refuse to quantize nothing.
 
@@ -174,8 +195,8 @@ def _mark(module: nn.Module, key: str, plan: Plan) -> nn.Module:
 
 
 def _read(module: nn.Module, key: str) -> Plan | None:
-    marks: dict[str, Plan] = _home(module).get(_MARK, {})
-    return marks.get(key)
+    plan: Plan | None = _home(module).get(_MARK, {}).get(key)
+    return plan
 
 
 def _home(module: nn.Module) -> dict[str, Any]:
