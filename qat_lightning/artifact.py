@@ -19,7 +19,7 @@ from qat_lightning.core import convert_planned, inputs_of, int8_plan_of, prepare
 from qat_lightning.decoding import shown
 from qat_lightning.deprecation import quiet
 from qat_lightning.errors import ArtifactError
-from qat_lightning.files import read_regular, regular_size, write_atomically
+from qat_lightning.files import read_regular, write_atomically
 from qat_lightning.flows import Flow, get_flow
 from qat_lightning.manifest import FileEntry, Manifest, TargetEntry, is_manifest, weights_name
 from qat_lightning.plan import DYNAMIC_LAYERS, STATIC_LAYERS, Plan
@@ -31,8 +31,9 @@ from qat_lightning.tensors import check_grids, check_same_layout, from_plain, to
 
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 16_000_000
-# What a safetensors header says of a tensor besides its name, generously, and of itself.
-HEADER_BYTES = 256
+# A channel of one float weight becomes an integer, a scale, a zero point and a bias: 25 bytes for 4. The room is for the header.
+EXPANSION = 8
+ROOM = 16_000_000
 # Names that save_quantized gives, while it writes and after.
 OWN_NAMES = re.compile(r"(manifest\.json|weights-[0-9a-f]{16}\.safetensors|\.(manifest\.json|weights-[0-9a-f]{16}\.safetensors)\.\w{8})")
 
@@ -94,7 +95,7 @@ def load_quantized(folder: str | Path, model: ModuleT) -> ModuleT:
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
-    _check_size(folder, manifest)
+    weights = _read_weights(folder, manifest, model)
     kind = type(model).__name__
     notes = differences(manifest)
     model.cpu().eval()
@@ -108,7 +109,7 @@ def load_quantized(folder: str | Path, model: ModuleT) -> ModuleT:
             model.set_submodule(name, int8)
         else:
             model = cast(ModuleT, int8)
-    _load_weights(folder, manifest, model, kind)
+    _load_weights(weights, model, folder, kind)
     for note in notes:
         warnings.warn(f"{folder}: {note}", stacklevel=2)
     return model.eval()
@@ -160,19 +161,22 @@ def _read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{path} cannot be used: {error}") from error
 
 
-def _check_size(folder: Path, manifest: Manifest) -> None:
+def _read_weights(folder: Path, manifest: Manifest, model: nn.Module) -> bytes:
+    """Return the content of the weights, which is that of the manifest and no more than a model of this size needs."""
     name, entry = manifest.weights
+    limit = ROOM + EXPANSION * sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     try:
-        size = regular_size(folder / name)
+        content = read_regular(folder / name, limit)
     except FileNotFoundError:
         raise ArtifactError(f"{folder} has no {name}: the artifact is incomplete. Copy it anew from where it was saved.") from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{folder / name} cannot be used: {error}") from error
-    if size != entry.bytes:
+    if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
         raise ArtifactError(
-            f"{folder / name} has {size} bytes where {MANIFEST} says {entry.bytes}: it is truncated or altered. "
-            f"Copy it anew from where it was saved."
+            f"{folder / name} is not the file that {MANIFEST} describes ({entry.bytes} bytes, SHA-256 {entry.sha256[:16]}...): it is "
+            f"truncated or altered. Copy it anew from where it was saved."
         )
+    return content
 
 
 def _find_target(model: nn.Module, name: str, plan: Plan, folder: Path) -> nn.Module:
@@ -216,15 +220,17 @@ def _check_plan(plan: Plan, target: nn.Module) -> None:
             raise ValueError(f"its forward has no optional argument {shown(name)}")
 
 
-def _load_weights(folder: Path, manifest: Manifest, model: nn.Module, kind: str) -> None:
-    """Read, check and load the weights; ``kind`` is the class the user gave, for messages."""
+def _load_weights(content: bytes, model: nn.Module, folder: Path, kind: str) -> None:
+    """Check the weights and load them; ``kind`` is the class the user gave, for messages."""
     _, targets = already(model)
     flow = _flow_of(targets)
-    name, entry = manifest.weights
     try:
         with quiet():
             template = flow.portable_state(model)
-            plain = _read_weights(folder / name, entry, to_plain(template), targets)
+            plain = safetensors.torch.load(content)
+            check_same_layout(to_plain(template), plain)
+            for target in targets:
+                check_grids({key: tensor for key, tensor in plain.items() if key.startswith(f"{target}." if target else "")})
             for key, value in from_plain(template, plain).items():
                 template[key] = value
             flow.load_portable_state(model, template)
@@ -233,19 +239,6 @@ def _load_weights(folder: Path, manifest: Manifest, model: nn.Module, kind: str)
             get_flow(plan.flow).pack(target, plan)
     except Exception as error:  # torch raises whatever it stumbles over in values that no quantization gives
         raise ArtifactError(f"The weights in {folder} do not fit {kind}: {error}") from error
-
-
-def _read_weights(path: Path, entry: FileEntry, expected: dict[str, Tensor], targets: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Read the weights, no more of them than the model needs, and check them before torch sees one."""
-    limit = HEADER_BYTES + sum(tensor.nbytes + len(key.encode()) + HEADER_BYTES for key, tensor in expected.items())
-    content = read_regular(path, limit)
-    if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise ValueError(f"the SHA-256 of {path.name} is not the one in {MANIFEST}: it was altered. Copy it anew from where it was saved")
-    plain = safetensors.torch.load(content)
-    check_same_layout(expected, plain)
-    for target in targets:
-        check_grids({key: tensor for key, tensor in plain.items() if key.startswith(f"{target}." if target else "")})
-    return plain
 
 
 # --- both --------------------------------------------------------------------------------------------------------------------

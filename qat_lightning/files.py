@@ -34,16 +34,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
-def regular_size(path: Path) -> int:
-    """Return the size of a regular file, without opening it.
-
-    Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: a link, a folder, a pipe or a device.
-    """
-    return _size(path.lstat())
-
-
 def read_regular(path: Path, limit: int) -> bytes:
     """Return the content of a regular file.
 
@@ -55,7 +45,7 @@ def read_regular(path: Path, limit: int) -> bytes:
         OSError: it cannot be read.
         ValueError: a link, a folder, a pipe or a device, or a file that is larger.
     """
-    regular_size(path)  # opening a device may do something
+    _size(path.lstat())  # opening a device may do something
     with os.fdopen(os.open(path, _OPEN_FLAGS), "rb") as file:
         size = _size(os.fstat(file.fileno()))
         content = file.read(limit + 1) if size <= limit else b""
