@@ -34,6 +34,7 @@ from qat_lightning import (
     quantize_dynamic,
     save_quantized,
 )
+from qat_lightning.recipe import FlowName
 from tests.mutations import MUTATIONS, Mutation
 from tests.nets import ModuleNet, Recurrent
 
@@ -46,11 +47,12 @@ SEQUENCES = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
 FORBIDDEN = ("os.", "subprocess.", "socket.", "pickle.", "ctypes.", "shutil.")
 HARMLESS = ("os.listdir", "os.scandir")
 Task: TypeAlias = tuple[str, Mutation, int]
-GOOD = ("refused", "same outputs", "other outputs, forged")
+GOOD = ("refused", "same outputs", "other outputs, forged", "fails when run, forged")
 
 
-def static(flow: str) -> nn.Module:
-    return convert(calibrate(prepare(ModuleNet().eval(), StaticPTQ(flow=flow)), [IMAGES]))  # type: ignore[arg-type]
+def static(flow: FlowName) -> nn.Module:
+    """Return a small network in int8."""
+    return convert(calibrate(prepare(ModuleNet().eval(), StaticPTQ(flow=flow)), [IMAGES]))
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Tensor]] = {
@@ -66,11 +68,17 @@ class Original:
     def __init__(self, name: str, folder: Path) -> None:
         self.build, quantize, self.x = MODELS[name]
         self.folder = save_quantized(quantize(), folder / name)
-        self.y = self.load(self.folder)
+        self.y = self.run(self.load(self.folder))
 
-    def load(self, folder: Path) -> Tensor:
+    def load(self, folder: Path) -> nn.Module:
+        """Load an artifact into a fresh network."""
+        return load_quantized(folder, self.build())
+
+    def run(self, loaded: nn.Module) -> Tensor:
+        """Return the outputs of a loaded network."""
         with torch.inference_mode():
-            return load_quantized(folder, self.build())(self.x)
+            outputs: Tensor = loaded(self.x)
+        return outputs
 
 
 def judge(original: Original, mutation: Mutation, seed: int, folder: Path) -> str:
@@ -80,14 +88,23 @@ def judge(original: Original, mutation: Mutation, seed: int, folder: Path) -> st
     mutation.apply(folder / "int8", Random(seed))
     with watched():
         try:
-            y = original.load(folder / "int8")
+            loaded = original.load(folder / "int8")
         except QuantizationError:
             return "refused"
         except BaseException as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
+            return told(error)
+        try:
+            y = original.run(loaded)
+        except Exception as error:  # what torch says of activations that are no numbers
+            return "fails when run, forged" if mutation.signed else told(error)
     if torch.equal(y, original.y):
         return "same outputs"
     return "other outputs, forged" if mutation.signed else "OTHER OUTPUTS"
+
+
+def told(error: BaseException) -> str:
+    """Return type and first line of an error."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
 
 
 class watched:
@@ -105,6 +122,7 @@ class watched:
 
     @staticmethod
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        """Look at an audit event of Python."""
         if not watched.active:
             return
         imports = event == "import" and arguments[0] not in sys.modules
@@ -150,6 +168,7 @@ def outcomes(tasks: Sequence[Task], originals: dict[str, Original], folder: Path
 
 
 def cause_of_death(status: int) -> str:
+    """Return how a child ended that did not finish."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         return "HANG" if number == signal.SIGALRM else f"CRASH: {signal.Signals(number).name}"
@@ -157,6 +176,7 @@ def cause_of_death(status: int) -> str:
 
 
 def main() -> int:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=10_000, help="how many artifacts")
     parser.add_argument("--seed", type=int, default=0)
@@ -184,7 +204,8 @@ def main() -> int:
 
 
 def table(counts: Counter[tuple[str, str]]) -> str:
-    lines = [f"| mutation | {' | '.join(GOOD)} | anything else |", "|---|---|---|---|---|"]
+    """Return the outcomes of each mutation as Markdown."""
+    lines = [f"| mutation | {' | '.join(GOOD)} | anything else |", "|---|---|---|---|---|---|"]
     for mutation in MUTATIONS:
         good = [counts[mutation.name, outcome] for outcome in GOOD]
         rest = sum(count for (name, _), count in counts.items() if name == mutation.name) - sum(good)

@@ -30,7 +30,7 @@ from qat_lightning.targets import already
 from qat_lightning.tensors import check_grids, check_same_layout, from_plain, to_plain
 
 MANIFEST = "manifest.json"
-MANIFEST_LIMIT = 16_000_000
+MANIFEST_LIMIT = 4_000_000
 # A channel of one float weight becomes an integer, a scale, a zero point and a bias: 25 bytes for 4. The room is for the header.
 EXPANSION = 8
 ROOM = 16_000_000
@@ -211,9 +211,13 @@ def _check_plan(plan: Plan, target: nn.Module) -> None:
     for name in plan.layers:
         if type(modules.get(name)) not in types:
             raise ValueError(f"it has no layer {shown(name)} that recipe {plan.recipe!r} quantizes")
-    for name in (*plan.float_modules, *(name for group in plan.fuse or () for name in group)):
-        if name not in modules:
-            raise ValueError(f"it has no submodule {shown(name)}")
+    fused = [name for group in plan.fuse or () for name in group]
+    for names in (plan.float_modules, fused):
+        for name in names:
+            if name not in modules:
+                raise ValueError(f"it has no submodule {shown(name)}")
+    if len({*plan.float_modules}) < len(plan.float_modules) or len({*fused}) < len(fused) or () in (plan.fuse or ()):
+        raise ValueError("a module is named twice, or a group to fuse is empty")
     parameters = inspect.signature(target.forward).parameters
     for name in plan.constants:
         if name not in parameters or parameters[name].default is inspect.Parameter.empty:
@@ -229,8 +233,8 @@ def _load_weights(content: bytes, model: nn.Module, folder: Path, kind: str) -> 
             template = flow.portable_state(model)
             plain = safetensors.torch.load(content)
             check_same_layout(to_plain(template), plain)
-            for target in targets:
-                check_grids({key: tensor for key, tensor in plain.items() if key.startswith(f"{target}." if target else "")})
+            for name in targets:
+                check_grids({key: tensor for key, tensor in plain.items() if key.startswith(f"{name}." if name else "")})
             for key, value in from_plain(template, plain).items():
                 template[key] = value
             flow.load_portable_state(model, template)

@@ -1,7 +1,9 @@
 """JSON from a stranger: parsed strictly, then turned into dataclasses with every value checked against its annotation."""
 
+import functools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
@@ -50,8 +52,8 @@ def shown(value: Any) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} is given twice")
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(key)} is given twice")
     return values
 
 
@@ -93,19 +95,24 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
 
 def _decode_dataclass(kind: Any, value: Any, path: str) -> Any:
     values = _require(dict, value, path)
-    kinds = get_type_hints(kind)
-    names = [field.name for field in fields(kind)]
+    kinds = _kinds_of_fields(kind)
     for key in values:
-        if key not in names:
+        if key not in kinds:
             raise ValueError(f"`{_join(path, key)}` is no key that this version knows")
-    for name in names:
+    for name in kinds:
         if name not in values:
             raise ValueError(f"`{_join(path, name)}` is missing")
-    decoded = {name: _decode(kinds[name], values[name], _join(path, name)) for name in names}
+    decoded = {name: _decode(inner, values[name], _join(path, name)) for name, inner in kinds.items()}
     try:
         return kind(**decoded)
     except ValueError as error:
         raise ValueError(f"`{path}`: {error}" if path else str(error)) from None
+
+
+@functools.cache
+def _kinds_of_fields(kind: Any) -> dict[str, Any]:
+    kinds = get_type_hints(kind)
+    return {field.name: kinds[field.name] for field in fields(kind)}
 
 
 def _decode_choice(choices: tuple[Any, ...], value: Any, path: str) -> Any:

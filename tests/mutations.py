@@ -121,7 +121,7 @@ def append(folder: Path, random: Random) -> None:
 def splice(folder: Path, random: Random) -> None:
     """Put a piece of one file into another."""
     source, path = either_file(folder, random).read_bytes(), either_file(folder, random)
-    content, start, at = path.read_bytes(), random.randrange(len(source)), 0
+    content, start = path.read_bytes(), random.randrange(len(source))
     at = random.randrange(len(content))
     path.write_bytes(content[:at] + source[start : start + random.randrange(1, 200)] + content[at:])
 

@@ -1,5 +1,7 @@
 import hashlib
-import json
+import math
+import os
+import pickle
 import re
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from qat_lightning import (
     quantize_dynamic,
     save_quantized,
 )
+from tests.mutations import Malicious, read_manifest, sign_manifest, sign_weights, weights_of
 from tests.nets import BranchingNet, FunctionalNet, ManyInputs, ModuleNet, Plain, Recurrent, fit
 
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -57,10 +60,6 @@ for folder in map(Path, sys.argv[1:]):
 """
 
 
-def read_manifest(folder):
-    return json.loads((folder / "manifest.json").read_text())
-
-
 @pytest.fixture
 def artifact(tmp_path):
     return save_quantized(static(ModuleNet().eval()), tmp_path / "int8")
@@ -77,7 +76,7 @@ def test_a_loaded_model_computes_the_same_bits(build, quantize, x, tmp_path):
 
 def test_a_fresh_process_computes_the_same_bits(tmp_path):
     expected = {}
-    for name in ("fx", "eager", "dynamic fx", "dynamic eager"):
+    for name in CASES.keys() - {"dynamic layer"}:
         build, quantize, x = CASES[name]
         int8, folder = quantize(build().eval()), tmp_path / name
         save_quantized(int8, folder / "int8")
@@ -233,6 +232,134 @@ def test_a_failed_save_leaves_the_old_artifact(artifact, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         save_quantized(static(ModuleNet().eval()), artifact)
     assert {path: path.read_bytes() for path in artifact.iterdir()} == before
+
+
+def sign(change):
+    """Return a damage that changes the manifest and makes its checksum fit."""
+
+    def damage(folder):
+        manifest = read_manifest(folder)
+        change(manifest)
+        sign_manifest(folder, manifest)
+
+    return damage
+
+
+def rename_weights(name):
+    """Return a damage that names another file, which exists."""
+
+    def change(manifest):
+        manifest["files"] = {name: next(iter(manifest["files"].values()))}
+
+    return sign(change)
+
+
+def link_weights(folder):
+    weights_of(folder).rename(folder.parent / "elsewhere")
+    (folder / next(iter(read_manifest(folder)["files"]))).symlink_to(folder.parent / "elsewhere")
+
+
+def pipe_for_weights(folder):
+    path = weights_of(folder)
+    path.unlink()
+    os.mkfifo(path)
+
+
+def grow_weights(folder):
+    path = weights_of(folder)
+    os.truncate(path, 2**40)  # sparse: takes no space
+    manifest = read_manifest(folder)
+    manifest["files"][path.name]["bytes"] = 2**40
+    sign_manifest(folder, manifest)
+
+
+def change_tensor(name, change):
+    def damage(folder):
+        tensors = safetensors.torch.load_file(weights_of(folder))
+        tensors[name] = change(tensors[name])
+        sign_weights(folder, safetensors.torch.save(tensors))
+
+    return damage
+
+
+def flip_last_byte(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+FOREIGN = "manifest.json cannot be used: it was not written by save_quantized"
+NOT_DESCRIBED = r"safetensors is not the file that manifest.json describes .* it is truncated or altered"
+DAMAGES = {
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), r"has no manifest.json: it is no int8 model"),
+    "no weights": (lambda folder: weights_of(folder).unlink(), r"has no weights-\w{16}.safetensors: the artifact is incomplete"),
+    "truncated weights": (lambda folder: os.truncate(weights_of(folder), 1000), NOT_DESCRIBED),
+    "altered weights": (lambda folder: flip_last_byte(weights_of(folder)), NOT_DESCRIBED),
+    "truncated manifest": (lambda folder: os.truncate(folder / "manifest.json", 1000), "manifest.json cannot be used: it is no JSON"),
+    "altered manifest": (
+        lambda folder: (folder / "manifest.json").write_text((folder / "manifest.json").read_text().replace("x86", "onednn")),
+        "its own `sha256` does not match: it was altered or damaged",
+    ),
+    "empty manifest": (lambda folder: (folder / "manifest.json").write_text(""), "it is no JSON"),
+    "deep manifest": (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "it is nested too deep"),
+    "large manifest": (lambda folder: os.truncate(folder / "manifest.json", 2**40), "at most 4000000 belong there"),
+    "foreign list": (lambda folder: (folder / "manifest.json").write_text("[]"), FOREIGN),
+    "foreign object": (lambda folder: (folder / "manifest.json").write_text('{"name": "web app", "format_version": 2}'), FOREIGN),
+    "first format": (lambda folder: (folder / "manifest.json").write_text('{"format": 1, "targets": {}}'), FOREIGN),
+    "newer": (sign(lambda manifest: manifest.update(format_version=3)), r"written by a newer version of qat_lightning: .* Upgrade"),
+    "older": (sign(lambda manifest: manifest.update(format_version=1)), "its format version is 1; this version of qat_lightning reads 2"),
+    "_target_": (sign(lambda manifest: manifest.update(_target_="os.system")), "`_target_` is no key that this version knows"),
+    "_target_ in a plan": (
+        sign(lambda manifest: manifest["targets"][""]["plan"].update(_target_="os.system")),
+        r"`targets..plan._target_` is no key",
+    ),
+    "class as flow": (
+        sign(lambda manifest: manifest["targets"][""]["plan"].update(flow="os")),
+        r"plan.flow` must be one of \('fx', 'eager'\)",
+    ),
+    "missing key": (sign(lambda manifest: manifest.pop("cpu")), "`cpu` is missing"),
+    "negative size": (sign(lambda manifest: next(iter(manifest["files"].values())).update(bytes=-1)), "bytes is -1, less than none"),
+    "no hash": (sign(lambda manifest: next(iter(manifest["files"].values())).update(sha256="")), "sha256 is '', which is no SHA-256"),
+    "no target": (sign(lambda manifest: manifest.update(targets={})), "there must be one, or several with names"),
+    "no files": (sign(lambda manifest: manifest.update(files={})), "files has 0 entries"),
+    "path upwards": (rename_weights("../elsewhere"), "their names must come from their SHA-256"),
+    "absolute path": (rename_weights("/etc/passwd"), "their names must come from their SHA-256"),
+    "link": (link_weights, "is no regular file but a link, a folder, a pipe or a device"),
+    "pipe": (pipe_for_weights, "is no regular file but a link, a folder, a pipe or a device"),
+    "huge file": (grow_weights, "it has 1099511627776 bytes, and at most"),
+    "pickle": (lambda folder: sign_weights(folder, pickle.dumps(Malicious(folder / "owned"))), "weights in .* do not fit ModuleNet"),
+    "huge header": (lambda folder: sign_weights(folder, b"\xff" * 7 + b"\x00{}"), "do not fit ModuleNet: .*[Hh]eader"),
+    "scale": (change_tensor("conv1.scale", lambda scale: scale * 0), "conv1.scale holds a value that is no positive number"),
+    "weight scale": (change_tensor("conv1.weight.scale", lambda scale: scale * math.nan), "conv1.weight.scale holds a value"),
+    "zero point": (change_tensor("_zero_point_0", lambda zero_point: zero_point - 1000), "_zero_point_0 holds a value outside 0 to 255"),
+    "weight zero point": (change_tensor("conv1.weight.zero_point", lambda zeros: zeros + 1), "zero_point holds a value outside 0 to 0"),
+    "dtype": (change_tensor("conv1.bias", lambda bias: bias.double()), "dtype mismatch for conv1.bias"),
+    "shape": (change_tensor("conv1.bias", lambda bias: bias[:1]), "size mismatch for conv1.bias"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_and_malicious_artifacts_are_refused_by_name(damage, message, artifact):
+    damage(artifact)
+    with pytest.raises(ArtifactError, match=re.compile(message, re.DOTALL)):
+        load_quantized(artifact, ModuleNet())
+    assert not (artifact / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": {}, "float_modules": ["__class__"]}, "it has no submodule '__class__'"),
+        ({"float_modules": ["fc", "fc"]}, "a module is named twice"),
+        ({"fuse": [[]]}, "a group to fuse is empty"),
+        ({"constants": ["os"]}, "its forward has no optional argument 'os'"),
+        ({"layers": {"pool": {"kernel": {"engine": "x86", "activation_bits": 8}, "per_channel": True}}}, "it has no layer 'pool'"),
+        ({"fuse": [["conv1", "fc"]], "flow": "eager"}, "was saved from another model than ModuleNet"),
+    ],
+)
+def test_a_plan_that_does_not_fit_the_model(change, message, artifact):
+    sign(lambda manifest: manifest["targets"][""]["plan"].update(change))(artifact)
+    with pytest.raises(ArtifactError, match=message):
+        load_quantized(artifact, ModuleNet())
 
 
 def test_a_missing_folder(tmp_path):
