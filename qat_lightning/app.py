@@ -318,13 +318,14 @@ def _train_and_quantize(this: Run, callback: QuantizationCallback) -> dict[str, 
 def _finish(this: Run, callback: QuantizationCallback, accuracies: dict[str, float | None]) -> Outcome:
     """Save the int8 model, test it, and write the report."""
     # Saved first: nothing that fails from here on costs the model.
-    save_quantized(callback.quantized_module, this.folder / "int8")
+    save_quantized(callback.quantized_module, this.folder / "int8", callback.report)
     accuracies["int8"] = _test(this, _cpu_trainer(this), callback.quantized_module)
     report = callback.report.named(model=_name(this, "model"), data=_name(this, "data"))
     for column, accuracy in accuracies.items():
         if accuracy is not None:
             report = report.with_accuracy(column, accuracy)  # type: ignore[arg-type]
     report.save(this.folder)
+    save_quantized(callback.quantized_module, this.folder / "int8", report)
     log_report(this.loggers, report, this.folder / "int8")
     return Outcome(accuracies["int8"], report)
 

@@ -1,94 +1,195 @@
 """Saves and loads an int8 model: a folder with its weights and a manifest in JSON. Nothing in it is code."""
 
-import json
-import shutil
-import tempfile
+import hashlib
+import inspect
+import math
+import re
+import warnings
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from qat_lightning.backend import check_backend, cpu_name
-from qat_lightning.core import convert_planned, int8_plan_of, prepare_planned
+import qat_lightning
+from qat_lightning.backend import this_cpu
+from qat_lightning.core import convert_planned, inputs_of, int8_plan_of, prepare_planned, record_inputs
+from qat_lightning.decoding import shown
 from qat_lightning.deprecation import quiet
 from qat_lightning.errors import ArtifactError
+from qat_lightning.files import read_regular, write_atomically
 from qat_lightning.flows import Flow, get_flow
-from qat_lightning.plan import Plan
+from qat_lightning.manifest import FileEntry, Manifest, TargetEntry, is_manifest, weights_name
+from qat_lightning.plan import DYNAMIC_LAYERS, STATIC_LAYERS, Plan
+from qat_lightning.portability import differences, engine_notes, fit_to_machine
 from qat_lightning.recipe import DynamicPTQ
+from qat_lightning.report import Report
 from qat_lightning.targets import already
+from qat_lightning.tensors import check_grids, check_same_layout, from_plain, to_plain
 
-FORMAT = 1
 MANIFEST = "manifest.json"
-WEIGHTS = "weights.pt"
+MANIFEST_LIMIT = 4_000_000
+# A channel of one float weight becomes an integer, a scale, a zero point and a bias: 25 bytes for 4. The room is for the header.
+EXPANSION = 8
+ROOM = 16_000_000
+# Names that save_quantized gives, while it writes and after.
+OWN_NAMES = re.compile(r"(manifest\.json|weights-[0-9a-f]{16}\.safetensors|\.(manifest\.json|weights-[0-9a-f]{16}\.safetensors)\.\w{8})")
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def save_quantized(module: nn.Module, folder: str | Path) -> Path:
-    """Write an int8 model to ``folder``, whole or not at all.
+def save_quantized(module: nn.Module, folder: str | Path, report: Report | None = None) -> Path:
+    """Write an int8 model to ``folder``; a kill at any moment leaves the artifact that was there, or the new one.
 
     Args:
         module: ``QuantizationCallback.quantized_module``, or any module with int8 submodules from :func:`convert`.
-        folder: is made or replaced.
+        folder: is made where there is none; of an artifact, the files are replaced and others are left alone.
+        report: e.g. ``QuantizationCallback.report``, whose figures the manifest keeps.
 
     Returns:
         the folder.
 
     Raises:
-        ArtifactError: the module is not quantized, or ``folder`` exists and is no artifact.
+        ArtifactError: the module is not quantized or has state besides tensors, or ``folder`` exists and is no artifact.
     """
     folder = Path(folder)
     _, targets = already(module)
     if not targets:
         raise ArtifactError(f"{type(module).__name__} holds no int8 module: save `callback.quantized_module` after `trainer.fit`.")
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / MANIFEST).is_file())):
-        raise ArtifactError(f"{folder} exists and is no saved int8 model: it is not overwritten. Choose another folder.")
-    manifest = {
-        "format": FORMAT,
-        "torch": torch.__version__,
-        "cpu": cpu_name(),
-        "targets": {name: _plan_of(target).to_dict() for name, target in targets.items()},
-    }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        staging.chmod(0o755)
-        with quiet():
-            torch.save(_flow_of(targets).portable_state(module), staging / WEIGHTS)
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        _replace(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    _refuse_foreign(folder)
+    with quiet():
+        plain = to_plain(_flow_of(targets).portable_state(module))
+    weights = _serialize(plain)
+    sha256 = hashlib.sha256(weights).hexdigest()
+    name = weights_name(sha256)
+    figures = report.scalars() if report is not None else {}
+    manifest = Manifest(
+        package=qat_lightning.__version__,
+        torch=torch.__version__,
+        cpu=this_cpu(),
+        targets={name: TargetEntry(_plan_of(target), inputs_of(target)) for name, target in targets.items()},
+        metrics={name: figure for name, figure in figures.items() if math.isfinite(figure)},
+        files={name: FileEntry(sha256, len(weights))},
+    ).to_json()
+    # The manifest last: until it is replaced, it names the old weights, which are still there.
+    write_atomically(folder / name, weights)
+    write_atomically(folder / MANIFEST, manifest)
+    _remove_leftovers(folder, keep=name)
     return folder
 
 
 def load_quantized(folder: str | Path, model: ModuleT) -> ModuleT:
     """Return ``model`` with its structure swapped for int8 and the weights of ``folder``.
 
+    Nothing in the folder is trusted or unpickled. A warning tells of another CPU or torch than the model was saved with, of engines
+    that this machine lacks, and of kernels that overflow here.
+
     Args:
         folder: from :func:`save_quantized`.
         model: a fresh float model of the class that was quantized; it is used up.
 
     Raises:
-        ArtifactError: a folder that is missing, incomplete, of a newer format, or does not fit ``model``.
+        ArtifactError: a folder that is missing, incomplete, altered, of another format, or does not fit ``model``.
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
+    weights = _read_weights(folder, manifest, model)
+    kind = type(model).__name__
+    notes = differences(manifest)
     model.cpu().eval()
-    for name, values in manifest["targets"].items():
-        plan = _read_plan(values, folder)
-        check_backend(plan.backend)
-        if name not in dict(model.named_modules()):
-            raise ArtifactError(f"{folder} was saved from a model with a submodule {name!r}, which {type(model).__name__} does not have.")
-        int8 = _rebuild(model.get_submodule(name), plan, folder)
+    for name, entry in manifest.targets.items():
+        target = _find_target(model, name, entry.plan, folder)
+        plan = fit_to_machine(entry.plan, target)
+        notes += engine_notes(entry.plan, plan, target)
+        int8 = _rebuild(target, plan, folder)
+        record_inputs(int8, entry.inputs)
         if name:
             model.set_submodule(name, int8)
         else:
-            return _load_weights(folder, cast(ModuleT, int8), type(model).__name__).eval()
-    return _load_weights(folder, model, type(model).__name__).eval()
+            model = cast(ModuleT, int8)
+    _load_weights(weights, model, folder, kind)
+    for note in notes:
+        warnings.warn(f"{folder}: {note}", stacklevel=2)
+    return model.eval()
+
+
+# --- saving ------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse to write into anything that is neither an artifact, nor empty, nor what a kill left of a first save."""
+    if not folder.exists():
+        return
+    try:
+        ours = is_manifest(read_regular(folder / MANIFEST, MANIFEST_LIMIT))
+    except FileNotFoundError:
+        ours = all(OWN_NAMES.fullmatch(path.name) for path in folder.iterdir())
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise ArtifactError(f"{folder} exists and is no saved int8 model: it is not overwritten. Choose another folder.")
+
+
+def _serialize(plain: dict[str, Tensor]) -> bytes:
+    # Copies, because the format knows no two tensors with the same memory.
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in plain.items()}
+    try:
+        return safetensors.torch.save(copies)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ArtifactError(f"The weights cannot be written as safetensors: {error!r}. Keep such tensors out of the state dict.") from error
+
+
+def _remove_leftovers(folder: Path, keep: str) -> None:
+    """Remove older weights, and what a kill has left."""
+    for path in folder.iterdir():
+        if OWN_NAMES.fullmatch(path.name) and path.name not in (MANIFEST, keep) and not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
+# --- loading -----------------------------------------------------------------------------------------------------------------
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        return Manifest.from_json(read_regular(path, MANIFEST_LIMIT))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(f"{folder} has no {MANIFEST}: it is no int8 model saved by save_quantized, or an incomplete one.") from None
+    except (ArtifactError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be used: {error}") from error
+
+
+def _read_weights(folder: Path, manifest: Manifest, model: nn.Module) -> bytes:
+    """Return the content of the weights, which is that of the manifest and no more than a model of this size needs."""
+    name, entry = manifest.weights
+    limit = ROOM + EXPANSION * sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    try:
+        content = read_regular(folder / name, limit)
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} has no {name}: the artifact is incomplete. Copy it anew from where it was saved.") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{folder / name} cannot be used: {error}") from error
+    if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise ArtifactError(
+            f"{folder / name} is not the file that {MANIFEST} describes ({entry.bytes} bytes, SHA-256 {entry.sha256[:16]}...): it is "
+            f"truncated or altered. Copy it anew from where it was saved."
+        )
+    return content
+
+
+def _find_target(model: nn.Module, name: str, plan: Plan, folder: Path) -> nn.Module:
+    """Return the submodule that is to become int8, which has all that the plan names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if name not in modules:
+        raise ArtifactError(f"{folder} was saved from a model with a submodule {shown(name)}, which {type(model).__name__} does not have.")
+    target: nn.Module = modules[name]
+    try:
+        _check_plan(plan, target)
+    except ValueError as error:
+        raise ArtifactError(f"{folder} was saved from another model than {type(target).__name__}: {error}.") from None
+    return target
 
 
 def _rebuild(target: nn.Module, plan: Plan, folder: Path) -> nn.Module:
@@ -96,55 +197,55 @@ def _rebuild(target: nn.Module, plan: Plan, folder: Path) -> nn.Module:
     try:
         return convert_planned(target if plan.recipe == DynamicPTQ.name else prepare_planned(target, plan), plan)
     except Exception as error:  # torch.ao raises whatever it stumbles over in a module of another class
-        raise ArtifactError(f"{folder} was saved from another model than {type(target).__name__}: {error}") from error
+        raise ArtifactError(f"{folder} was saved from another model than {type(target).__name__}: {error!r}") from error
 
 
-def _load_weights(folder: Path, model: ModuleT, name: str) -> ModuleT:
+def _check_plan(plan: Plan, target: nn.Module) -> None:
+    """Check that whatever a plan names exists.
+
+    Raises:
+        ValueError: names what does not.
+    """
+    modules = dict(target.named_modules(remove_duplicate=False))
+    types = DYNAMIC_LAYERS if plan.recipe == DynamicPTQ.name else STATIC_LAYERS
+    for name in plan.layers:
+        if type(modules.get(name)) not in types:
+            raise ValueError(f"it has no layer {shown(name)} that recipe {plan.recipe!r} quantizes")
+    fused = [name for group in plan.fuse or () for name in group]
+    for names in (plan.float_modules, fused):
+        for name in names:
+            if name not in modules:
+                raise ValueError(f"it has no submodule {shown(name)}")
+    if len({*plan.float_modules}) < len(plan.float_modules) or len({*fused}) < len(fused) or () in (plan.fuse or ()):
+        raise ValueError("a module is named twice, or a group to fuse is empty")
+    parameters = inspect.signature(target.forward).parameters
+    for name in plan.constants:
+        if name not in parameters or parameters[name].default is inspect.Parameter.empty:
+            raise ValueError(f"its forward has no optional argument {shown(name)}")
+
+
+def _load_weights(content: bytes, model: nn.Module, folder: Path, kind: str) -> None:
+    """Check the weights and load them; ``kind`` is the class the user gave, for messages."""
     _, targets = already(model)
+    flow = _flow_of(targets)
     try:
         with quiet():
-            weights = torch.load(folder / WEIGHTS, weights_only=True, map_location="cpu")
-            flow = _flow_of(targets)
-            _check_shapes(flow.portable_state(model), weights)
-            flow.load_portable_state(model, weights)
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder} has no {WEIGHTS}: the artifact is incomplete.") from None
-    except Exception as error:
-        raise ArtifactError(f"The weights in {folder} do not fit {name}: {error}") from error
-    for target in targets.values():
-        plan = _plan_of(target)
-        get_flow(plan.flow).pack(target, plan)
-    return model
+            template = flow.portable_state(model)
+            plain = safetensors.torch.load(content)
+            check_same_layout(to_plain(template), plain)
+            for name in targets:
+                check_grids({key: tensor for key, tensor in plain.items() if key.startswith(f"{name}." if name else "")})
+            for key, value in from_plain(template, plain).items():
+                template[key] = value
+            flow.load_portable_state(model, template)
+        for target in targets.values():
+            plan = _plan_of(target)
+            get_flow(plan.flow).pack(target, plan)
+    except Exception as error:  # torch raises whatever it stumbles over in values that no quantization gives
+        raise ArtifactError(f"The weights in {folder} do not fit {kind}: {error}") from error
 
 
-def _check_shapes(expected: dict[str, Any], weights: dict[str, Any]) -> None:
-    """Packed weights take any shape; compare them here, as ``load_state_dict`` compares others."""
-    for key, value in expected.items():
-        shapes = [
-            [tuple(leaf.shape) for leaf in pytree.tree_leaves(side) if isinstance(leaf, Tensor)] for side in (value, weights.get(key))
-        ]
-        # Scales of a layer start as single numbers and are saved so.
-        if key in weights and shapes[0] != shapes[1] and any(len(shape) > 1 for shape in shapes[0]):
-            raise RuntimeError(f"size mismatch for {key}: the artifact has {shapes[1]}, the model {shapes[0]}")
-
-
-def _read_plan(values: Any, folder: Path) -> Plan:
-    try:
-        return Plan.from_dict(values)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ArtifactError(f"{folder / MANIFEST} describes no plan that this version reads: {error!r}") from error
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder} has no {MANIFEST}: it is no int8 model saved by save_quantized.") from None
-    except ValueError as error:
-        raise ArtifactError(f"{folder / MANIFEST} is no JSON: {error}") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("targets"), dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{folder / MANIFEST} is not of format {FORMAT}, the one this version of qat_lightning reads.")
-    return manifest
+# --- both --------------------------------------------------------------------------------------------------------------------
 
 
 def _flow_of(targets: dict[str, nn.Module]) -> Flow:
@@ -155,18 +256,3 @@ def _plan_of(target: nn.Module) -> Plan:
     plan = int8_plan_of(target)
     assert plan is not None
     return plan
-
-
-def _replace(staging: Path, folder: Path) -> None:
-    """Put ``staging`` in the place of ``folder``; the old one is moved aside first, and back if that fails."""
-    if not folder.exists():
-        staging.rename(folder)
-        return
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-    folder.rename(aside / "old")
-    try:
-        staging.rename(folder)
-    except BaseException:
-        (aside / "old").rename(folder)
-        raise
-    shutil.rmtree(aside)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qat_lightning.deprecation import quiet
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.recipe import BACKENDS, BackendName
+from qat_lightning.recipe import ACTIVATION_BITS, BACKENDS, BackendName, check_choice
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -27,6 +27,8 @@ RECURRENT: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU)
 
 # Tried in this order when the backend's own kernel saturates: fastest first.
 FALLBACK_ENGINES: tuple[BackendName, ...] = ("onednn", "qnnpack")
+# Flags of Linux, for x86 and for ARM.
+INT8_FEATURES = ("avx2", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class Kernel:
 
     engine: BackendName
     activation_bits: int
+
+    def __post_init__(self) -> None:
+        """Check the value range."""
+        check_choice("activation_bits", self.activation_bits, ACTIVATION_BITS)
 
 
 @dataclass(frozen=True)
@@ -189,15 +195,43 @@ def _numeric_padding(padding: str | tuple[int, ...], size: tuple[int, ...], dila
     return tuple(int(p) for p in padding)
 
 
+@dataclass(frozen=True)
+class Cpu:
+    """A processor.
+
+    Args:
+        name: as its maker calls it.
+        capability: the widest instruction set torch uses on it, e.g. ``"AVX512"``.
+        features: what it has of the instructions that int8 kernels choose by.
+    """
+
+    name: str
+    capability: str
+    features: tuple[str, ...]
+
+
+def this_cpu() -> Cpu:
+    """Return the processor of this machine; its features are known on Linux alone."""
+    features = f"{_cpuinfo('flags')} {_cpuinfo('Features')}".split()
+    return Cpu(
+        name=_cpuinfo("model name") or platform.processor() or platform.machine(),
+        capability=torch.backends.cpu.get_cpu_capability(),
+        features=tuple(name for name in INT8_FEATURES if name in features),
+    )
+
+
 def cpu_name() -> str:
     """Return the processor's name and the widest instruction set torch uses on it."""
-    return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+    cpu = this_cpu()
+    return f"{cpu.name} ({cpu.capability})"
 
 
-def _processor() -> str:
+def _cpuinfo(key: str) -> str:
+    """Return what Linux says of the first processor, empty where it says nothing."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return ""

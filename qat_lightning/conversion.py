@@ -12,7 +12,7 @@ from torch import nn
 
 from qat_lightning.backend import cpu_name
 from qat_lightning.calibration import calibrate
-from qat_lightning.core import convert_planned, plan_of, prepare_planned
+from qat_lightning.core import convert_planned, plan_of, prepare_planned, record_inputs
 from qat_lightning.distributed import ALONE, Processes, alone, fail_together
 from qat_lightning.errors import QuantizationError, UnsupportedModelError
 from qat_lightning.evaluation import interleaved_medians, serialized_bytes
@@ -25,6 +25,7 @@ from qat_lightning.recipe import DynamicPTQ, Recipe, StaticPTQ
 from qat_lightning.report import LayerParity, LayerReport, Measurement, Report
 from qat_lightning.running import clone, first_of_batch, to_cpu_float
 from qat_lightning.schedule import IDLE
+from qat_lightning.signature import describe
 from qat_lightning.targets import capture_calls
 
 PARITY_BATCHES = 2
@@ -141,6 +142,7 @@ def _convert(
     int8 = {name: convert_planned(copy.deepcopy(target), plans[name]) for name, target in prepared.items()}
     parity = None if isinstance(recipe, DynamicPTQ) or not compare else _parity(prepared, int8, plans, calls)
     for name, target in int8.items():
+        record_inputs(target, describe([*calls[name], *single[name]]))
         module.set_submodule(name, target)
     float_ms, int8_ms = _latency(baseline.targets, int8, single)
     layers = tuple(_layers(int8, plans))

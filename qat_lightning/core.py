@@ -15,10 +15,12 @@ from qat_lightning.parity import merge
 from qat_lightning.plan import Call, Plan, check_fuse, check_overrides, make_plan
 from qat_lightning.recipe import DynamicPTQ, Recipe, parse_recipe
 from qat_lightning.report import LayerParity
+from qat_lightning.signature import Signature, widen
 from qat_lightning.state import PreparedState, tensor_names
 
 _PREPARED = "prepared"
 _INT8 = "int8"
+_INPUTS = "inputs"
 _MARK = "_qat_lightning"
 
 
@@ -61,7 +63,13 @@ def calibrate(prepared: nn.Module, batches: Iterable[Any], limit: int | None = N
     bare = inside(prepared)
     _require_prepared(bare)
     bare.eval()
-    run_calibration([bare], batches, lambda batch: as_call(batch).run(bare), limit, progress)
+
+    def step(batch: Any) -> None:
+        call = as_call(batch)
+        record_inputs(bare, widen(inputs_of(bare), call))
+        call.run(bare)
+
+    run_calibration([bare], batches, step, limit, progress)
     return prepared
 
 
@@ -77,7 +85,9 @@ def convert(prepared: nn.Module) -> nn.Module:
     """
     plan = _require_prepared(inside(prepared))
     check_ranges(prepared, "convert")
-    return convert_planned(uncompiled_copy(prepared).cpu(), plan)
+    int8 = convert_planned(uncompiled_copy(prepared).cpu(), plan)
+    record_inputs(int8, inputs_of(inside(prepared)))
+    return int8
 
 
 def quantize_dynamic(module: nn.Module, recipe: Recipe | str = "dynamic") -> nn.Module:
@@ -149,6 +159,17 @@ def int8_plan_of(module: nn.Module) -> Plan | None:
     return _read(module, _INT8)
 
 
+def record_inputs(module: nn.Module, inputs: Signature | None) -> None:
+    """Keep what a prepared or int8 module is called with."""
+    _home(module)[_MARK][_INPUTS] = inputs
+
+
+def inputs_of(module: nn.Module) -> Signature | None:
+    """Return what a prepared or int8 module is called with; None where nobody saw a call."""
+    inputs: Signature | None = _home(module)[_MARK].get(_INPUTS)
+    return inputs
+
+
 def require_layers(plans: dict[str, Plan]) -> None:
     """Refuse to quantize nothing.
 
@@ -177,8 +198,8 @@ def _mark(module: nn.Module, key: str, plan: Plan) -> nn.Module:
 
 
 def _read(module: nn.Module, key: str) -> Plan | None:
-    marks: dict[str, Plan] = _home(module).get(_MARK, {})
-    return marks.get(key)
+    plan: Plan | None = _home(module).get(_MARK, {}).get(key)
+    return plan
 
 
 def _home(module: nn.Module) -> dict[str, Any]:

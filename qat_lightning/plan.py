@@ -19,11 +19,24 @@ from qat_lightning.backend import (
     check_backend,
     choose_kernel,
 )
+from qat_lightning.decoding import decode
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.recipe import BackendName, DynamicPTQ, FlowName, LayerOverride, OverrideKey, Recipe, StaticPTQ
+from qat_lightning.recipe import (
+    OBSERVERS,
+    QAT,
+    BackendName,
+    DynamicPTQ,
+    FlowName,
+    LayerOverride,
+    OverrideKey,
+    Recipe,
+    StaticPTQ,
+    check_choice,
+)
 
 STATIC_LAYERS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
 DYNAMIC_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *RECURRENT)
+RECIPES = (QAT.name, StaticPTQ.name, DynamicPTQ.name)
 
 
 @dataclass(frozen=True)
@@ -58,17 +71,23 @@ class Plan:
     observer: str | None = None
     constants: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Check what the types leave open."""
+        check_choice("recipe", self.recipe, RECIPES)
+        check_choice("observer", self.observer, OBSERVERS if self.recipe == StaticPTQ.name else (None,))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Plan":
-        """Return the plan that ``to_dict`` described."""
-        layers = {name: LayerPlan(Kernel(**layer["kernel"]), layer["per_channel"]) for name, layer in values["layers"].items()}
-        fuse = None if values["fuse"] is None else tuple(tuple(group) for group in values["fuse"])
-        rest = {"float_modules": tuple(values["float_modules"]), "constants": tuple(values["constants"]), "fuse": fuse, "layers": layers}
-        return Plan(**{**values, **rest})
+        """Return the plan that ``to_dict`` described and JSON has held since.
+
+        Raises:
+            ValueError: names the key that is missing, unknown or has a wrong value.
+        """
+        return decode(Plan, values)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_lightning.decoding import parse_json
 from qat_lightning.errors import CheckpointError
 from qat_lightning.observers import follow_weights, measure_weights
 from qat_lightning.plan import Plan
@@ -120,8 +121,8 @@ def decode(tensor: Any) -> Plan:
         CheckpointError: anything else.
     """
     try:
-        return Plan.from_dict(json.loads(bytes(tensor.cpu().tolist()).decode()))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return Plan.from_dict(parse_json(bytes(tensor.cpu().tolist())))
+    except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"`{PLAN_KEY}` in the checkpoint is no plan that this version reads: {error!r}.") from error
 
 

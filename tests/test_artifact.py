@@ -1,18 +1,24 @@
-import json
+import hashlib
+import math
+import os
+import pickle
 import re
 import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
+import qat_lightning
 from qat_lightning import (
     QAT,
     ArtifactError,
-    ConfigurationError,
+    Call,
     DynamicPTQ,
     QuantizationCallback,
+    Report,
     StaticPTQ,
     calibrate,
     convert,
@@ -21,6 +27,7 @@ from qat_lightning import (
     quantize_dynamic,
     save_quantized,
 )
+from tests.mutations import Malicious, read_manifest, sign_manifest, sign_weights, weights_of
 from tests.nets import BranchingNet, FunctionalNet, ManyInputs, ModuleNet, Plain, Recurrent, fit
 
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -69,7 +76,7 @@ def test_a_loaded_model_computes_the_same_bits(build, quantize, x, tmp_path):
 
 def test_a_fresh_process_computes_the_same_bits(tmp_path):
     expected = {}
-    for name in ("fx", "eager", "dynamic fx", "dynamic eager"):
+    for name in CASES.keys() - {"dynamic layer"}:
         build, quantize, x = CASES[name]
         int8, folder = quantize(build().eval()), tmp_path / name
         save_quantized(int8, folder / "int8")
@@ -97,10 +104,82 @@ def test_several_inputs_and_an_example(tmp_path):
 
 
 def test_a_folder_holds_weights_and_a_manifest_and_nothing_else(artifact):
-    assert {path.name for path in artifact.iterdir()} == {"manifest.json", "weights.pt"}
-    assert [path.name for path in artifact.parent.iterdir()] == ["int8"]
-    assert torch.load(artifact / "weights.pt", weights_only=True)
-    assert json.loads((artifact / "manifest.json").read_text())["targets"][""]["flow"] == "fx"
+    manifest = read_manifest(artifact)
+    ((weights, entry),) = manifest["files"].items()
+    content = (artifact / weights).read_bytes()
+    assert {path.name for path in artifact.iterdir()} == {"manifest.json", weights}
+    assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} and entry["sha256"].startswith(weights[8:24])
+    assert manifest["format_version"] == 2 and manifest["package"] == qat_lightning.__version__ and manifest["torch"] == torch.__version__
+    assert manifest["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability() and manifest["metrics"] == {}
+    plan = manifest["targets"][""]["plan"]
+    assert (plan["recipe"], plan["flow"], plan["backend"]) == ("ptq", "fx", "x86")
+    assert plan["layers"]["conv1"] == {"kernel": {"engine": "x86", "activation_bits": 8}, "per_channel": True}
+    assert manifest["targets"][""]["inputs"] == [{"name": "args[0]", "dtype": "float32", "shape": [None, 1, 8, 8]}]
+
+
+def test_weights_are_integers_scales_and_zero_points(artifact):
+    tensors = safetensors.torch.load_file(next(artifact.glob("weights-*")))
+    assert tensors["conv1.weight.int8"].dtype == torch.int8 and tensors["conv1.weight.int8"].shape == (8, 1, 3, 3)
+    assert tensors["conv1.weight.scale"].shape == tensors["conv1.weight.zero_point"].shape == (8,)
+    assert tensors["fc._packed_params._packed_params.weight.int8"].dtype == torch.int8
+    assert tensors["fc._packed_params._packed_params.bias"].dtype == torch.float32
+
+
+def test_the_inputs_of_a_network_are_kept(tmp_path):
+    calls = [Call((torch.randn(size, 8),), {"ids": torch.zeros(size, dtype=torch.long), "mask": None}) for size in (6, 3)]
+    int8 = convert(calibrate(prepare(ManyInputs(), StaticPTQ()), calls))
+    expected = [
+        {"name": "args[0]", "dtype": "float32", "shape": [None, 8]},
+        {"name": "kwargs['ids']", "dtype": "int64", "shape": [None]},
+        {"name": "kwargs['mask']", "dtype": "NoneType", "shape": None},
+    ]
+    folder = save_quantized(int8, tmp_path / "int8")
+    assert read_manifest(folder)["targets"][""]["inputs"] == expected
+    again = save_quantized(load_quantized(folder, ManyInputs()), tmp_path / "again")
+    assert read_manifest(again)["targets"][""]["inputs"] == expected
+
+
+def test_a_report_and_a_callback_fill_the_manifest(tmp_path):
+    callback = QuantizationCallback(QAT())
+    fit(callback, max_epochs=1)
+    report = callback.report.with_accuracy("int8", 0.5)
+    manifest = read_manifest(save_quantized(callback.quantized_module, tmp_path / "int8", report))
+    assert manifest["metrics"] == report.scalars() and manifest["metrics"]["int8/acc"] == 0.5
+    assert manifest["targets"]["net"]["inputs"] == [{"name": "args[0]", "dtype": "float32", "shape": [None, 1, 8, 8]}]
+
+
+def test_a_figure_that_is_no_number_is_left_out(tmp_path):
+    report = Report(recipe="ptq", flow="fx", backend="x86", quantized_modules=4).with_accuracy("int8", float("nan"))
+    assert read_manifest(save_quantized(static(ModuleNet().eval()), tmp_path, report))["metrics"] == {"int8/quantized_modules": 4.0}
+
+
+class WithExtraState(ModuleNet):
+    def get_extra_state(self):
+        return {"epoch": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_state_that_is_no_tensor_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ArtifactError, match=r"'_extra_state', a dict; an artifact holds dense tensors alone"):
+        save_quantized(static(WithExtraState().eval(), flow="eager"), tmp_path / "int8")
+    assert not (tmp_path / "int8").exists()
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.fc, self.head = nn.Embedding(4, 8), nn.Linear(8, 8), nn.Linear(8, 4, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, ids):
+            return self.head(self.fc(self.emb(ids)))
+
+    ids = torch.arange(4)
+    int8 = quantize_dynamic(Tied().eval(), DynamicPTQ(overrides={"head": None}))
+    assert torch.equal(load_quantized(save_quantized(int8, tmp_path), Tied())(ids), int8(ids))
 
 
 def test_an_artifact_is_replaced(artifact):
@@ -114,10 +193,25 @@ def test_an_empty_folder_is_used(tmp_path):
     assert load_quantized(save_quantized(static(ModuleNet().eval()), tmp_path), ModuleNet())(IMAGES).shape == (8, 4)
 
 
-@pytest.mark.parametrize("foreign", ["folder", "file"])
+def test_files_of_others_in_an_artifact_are_left_alone(artifact):
+    (artifact / "README").write_text("mine")
+    save_quantized(static(ModuleNet().eval(), flow="eager"), artifact)
+    assert (artifact / "README").read_text() == "mine" and len(list(artifact.iterdir())) == 3
+
+
+def test_what_a_kill_has_left_is_removed(tmp_path):
+    for name in ("weights-0123456789abcdef.safetensors", ".manifest.json.a_b1c2d3", ".weights-0123456789abcdef.safetensors.abcdefgh"):
+        (tmp_path / name).write_bytes(b"part")
+    with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
+        load_quantized(tmp_path, ModuleNet())
+    save_quantized(static(ModuleNet().eval()), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *read_manifest(tmp_path)["files"]}
+
+
+@pytest.mark.parametrize("foreign", ["folder", "file", "manifest"])
 def test_what_is_no_artifact_is_not_overwritten(foreign, tmp_path):
     path = tmp_path / "mine"
-    file = path / "thesis.tex" if foreign == "folder" else path
+    file = {"folder": path / "thesis.tex", "file": path, "manifest": path / "manifest.json"}[foreign]
     file.parent.mkdir(exist_ok=True)
     file.write_text("precious")
     with pytest.raises(ArtifactError, match="mine exists and is no saved int8 model: it is not overwritten"):
@@ -133,42 +227,138 @@ def test_only_int8_models_are_saved(module, tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_artifact(artifact, monkeypatch):
-    before = (artifact / "weights.pt").read_bytes()
-    monkeypatch.setattr("qat_lightning.artifact.json.dumps", lambda *args, **kwargs: 1 / 0)
+    before = {path: path.read_bytes() for path in artifact.iterdir()}
+    monkeypatch.setattr("qat_lightning.manifest.json.dumps", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_quantized(static(ModuleNet().eval()), artifact)
-    assert (artifact / "weights.pt").read_bytes() == before and [path.name for path in artifact.parent.iterdir()] == ["int8"]
+    assert {path: path.read_bytes() for path in artifact.iterdir()} == before
 
 
-def change_manifest(folder, **values):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **values}))
+def sign(change):
+    """Return a damage that changes the manifest and makes its checksum fit."""
+
+    def damage(folder):
+        manifest = read_manifest(folder)
+        change(manifest)
+        sign_manifest(folder, manifest)
+
+    return damage
 
 
-def rename_backend(folder):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["targets"][""]["backend"] = "abacus"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+def rename_weights(name):
+    """Return a damage that names another file, which exists."""
+
+    def change(manifest):
+        manifest["files"] = {name: next(iter(manifest["files"].values()))}
+
+    return sign(change)
+
+
+def link_weights(folder):
+    weights_of(folder).rename(folder.parent / "elsewhere")
+    (folder / next(iter(read_manifest(folder)["files"]))).symlink_to(folder.parent / "elsewhere")
+
+
+def pipe_for_weights(folder):
+    path = weights_of(folder)
+    path.unlink()
+    os.mkfifo(path)
+
+
+def grow_weights(folder):
+    path = weights_of(folder)
+    os.truncate(path, 2**40)  # sparse: takes no space
+    manifest = read_manifest(folder)
+    manifest["files"][path.name]["bytes"] = 2**40
+    sign_manifest(folder, manifest)
+
+
+def change_tensor(name, change):
+    def damage(folder):
+        tensors = safetensors.torch.load_file(weights_of(folder))
+        tensors[name] = change(tensors[name])
+        sign_weights(folder, safetensors.torch.save(tensors))
+
+    return damage
+
+
+def flip_last_byte(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+FOREIGN = "manifest.json cannot be used: it was not written by save_quantized"
+NOT_DESCRIBED = r"safetensors is not the file that manifest.json describes .* it is truncated or altered"
+DAMAGES = {
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), r"has no manifest.json: it is no int8 model"),
+    "no weights": (lambda folder: weights_of(folder).unlink(), r"has no weights-\w{16}.safetensors: the artifact is incomplete"),
+    "truncated weights": (lambda folder: os.truncate(weights_of(folder), 1000), NOT_DESCRIBED),
+    "altered weights": (lambda folder: flip_last_byte(weights_of(folder)), NOT_DESCRIBED),
+    "truncated manifest": (lambda folder: os.truncate(folder / "manifest.json", 1000), "manifest.json cannot be used: it is no JSON"),
+    "altered manifest": (
+        lambda folder: (folder / "manifest.json").write_text((folder / "manifest.json").read_text().replace("x86", "onednn")),
+        "its own `sha256` does not match: it was altered or damaged",
+    ),
+    "empty manifest": (lambda folder: (folder / "manifest.json").write_text(""), "it is no JSON"),
+    "deep manifest": (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "it is nested too deep"),
+    "large manifest": (lambda folder: os.truncate(folder / "manifest.json", 2**40), "at most 4000000 belong there"),
+    "foreign list": (lambda folder: (folder / "manifest.json").write_text("[]"), FOREIGN),
+    "foreign object": (lambda folder: (folder / "manifest.json").write_text('{"name": "web app", "format_version": 2}'), FOREIGN),
+    "first format": (lambda folder: (folder / "manifest.json").write_text('{"format": 1, "targets": {}}'), FOREIGN),
+    "newer": (sign(lambda manifest: manifest.update(format_version=3)), r"written by a newer version of qat_lightning: .* Upgrade"),
+    "older": (sign(lambda manifest: manifest.update(format_version=1)), "its format version is 1; this version of qat_lightning reads 2"),
+    "_target_": (sign(lambda manifest: manifest.update(_target_="os.system")), "`_target_` is no key that this version knows"),
+    "_target_ in a plan": (
+        sign(lambda manifest: manifest["targets"][""]["plan"].update(_target_="os.system")),
+        r"`targets..plan._target_` is no key",
+    ),
+    "class as flow": (
+        sign(lambda manifest: manifest["targets"][""]["plan"].update(flow="os")),
+        r"plan.flow` must be one of \('fx', 'eager'\)",
+    ),
+    "missing key": (sign(lambda manifest: manifest.pop("cpu")), "`cpu` is missing"),
+    "negative size": (sign(lambda manifest: next(iter(manifest["files"].values())).update(bytes=-1)), "bytes is -1, less than none"),
+    "no hash": (sign(lambda manifest: next(iter(manifest["files"].values())).update(sha256="")), "sha256 is '', which is no SHA-256"),
+    "no target": (sign(lambda manifest: manifest.update(targets={})), "there must be one, or several with names"),
+    "no files": (sign(lambda manifest: manifest.update(files={})), "files has 0 entries"),
+    "path upwards": (rename_weights("../elsewhere"), "their names must come from their SHA-256"),
+    "absolute path": (rename_weights("/etc/passwd"), "their names must come from their SHA-256"),
+    "link": (link_weights, "is no regular file but a link, a folder, a pipe or a device"),
+    "pipe": (pipe_for_weights, "is no regular file but a link, a folder, a pipe or a device"),
+    "huge file": (grow_weights, "it has 1099511627776 bytes, and at most"),
+    "pickle": (lambda folder: sign_weights(folder, pickle.dumps(Malicious(folder / "owned"))), "weights in .* do not fit ModuleNet"),
+    "huge header": (lambda folder: sign_weights(folder, b"\xff" * 7 + b"\x00{}"), "do not fit ModuleNet: .*[Hh]eader"),
+    "scale": (change_tensor("conv1.scale", lambda scale: scale * 0), "conv1.scale holds a value that is no positive number"),
+    "weight scale": (change_tensor("conv1.weight.scale", lambda scale: scale * math.nan), "conv1.weight.scale holds a value"),
+    "zero point": (change_tensor("_zero_point_0", lambda zero_point: zero_point - 1000), "_zero_point_0 holds a value outside 0 to 255"),
+    "weight zero point": (change_tensor("conv1.weight.zero_point", lambda zeros: zeros + 1), "zero_point holds a value outside 0 to 0"),
+    "dtype": (change_tensor("conv1.bias", lambda bias: bias.double()), "dtype mismatch for conv1.bias"),
+    "shape": (change_tensor("conv1.bias", lambda bias: bias[:1]), "size mismatch for conv1.bias"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_and_malicious_artifacts_are_refused_by_name(damage, message, artifact):
+    damage(artifact)
+    with pytest.raises(ArtifactError, match=re.compile(message, re.DOTALL)):
+        load_quantized(artifact, ModuleNet())
+    assert not (artifact / "owned").exists()
 
 
 @pytest.mark.parametrize(
-    ("damage", "error", "message"),
+    ("change", "message"),
     [
-        (lambda folder: (folder / "manifest.json").unlink(), ArtifactError, "has no manifest.json: it is no int8 model"),
-        (lambda folder: (folder / "weights.pt").unlink(), ArtifactError, "has no weights.pt: the artifact is incomplete"),
-        (lambda folder: (folder / "weights.pt").write_bytes(b"PK"), ArtifactError, "weights in .* do not fit ModuleNet"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), ArtifactError, "is no JSON"),
-        (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe{"), ArtifactError, "is no JSON"),
-        (lambda folder: (folder / "manifest.json").write_text("[]"), ArtifactError, "not of format 1"),
-        (lambda folder: change_manifest(folder, format=99), ArtifactError, "not of format 1"),
-        (lambda folder: change_manifest(folder, targets=None), ArtifactError, "not of format 1"),
-        (lambda folder: change_manifest(folder, targets={"": {"recipe": "qat"}}), ArtifactError, "manifest.json"),
-        (rename_backend, ConfigurationError, "'abacus' is not part of this build"),
+        ({"layers": {}, "float_modules": ["__class__"]}, "it has no submodule '__class__'"),
+        ({"float_modules": ["fc", "fc"]}, "a module is named twice"),
+        ({"fuse": [[]]}, "a group to fuse is empty"),
+        ({"constants": ["os"]}, "its forward has no optional argument 'os'"),
+        ({"layers": {"pool": {"kernel": {"engine": "x86", "activation_bits": 8}, "per_channel": True}}}, "it has no layer 'pool'"),
+        ({"fuse": [["conv1", "fc"]], "flow": "eager"}, "was saved from another model than ModuleNet"),
     ],
 )
-def test_damaged_artifacts(damage, error, message, artifact):
-    damage(artifact)
-    with pytest.raises(error, match=message):
+def test_a_plan_that_does_not_fit_the_model(change, message, artifact):
+    sign(lambda manifest: manifest["targets"][""]["plan"].update(change))(artifact)
+    with pytest.raises(ArtifactError, match=message):
         load_quantized(artifact, ModuleNet())
 
 
@@ -179,8 +369,12 @@ def test_a_missing_folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [(lambda: nn.Linear(8, 4), "int8"), (lambda: BranchingNet(), "int8")],
-    ids=["layer", "network"],
+    [
+        (lambda: nn.Linear(8, 4), "saved from another model than Linear: it has no layer 'conv1' that recipe 'ptq' quantizes"),
+        (lambda: BranchingNet(), "saved from another model than BranchingNet: it has no layer 'conv1'"),
+        (lambda: static(ModuleNet().eval()), "saved from another model than GraphModule: it has no layer 'conv1'"),
+    ],
+    ids=["layer", "network", "int8 already"],
 )
 def test_a_model_of_another_class(model, message, artifact):
     with pytest.raises(ArtifactError, match=message):

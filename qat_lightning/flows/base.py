@@ -43,7 +43,7 @@ class Flow(Protocol):
         ...
 
     def portable_state(self, model: nn.Module) -> dict[str, Any]:
-        """Return the state dict of a model with int8 modules, with nothing in it but tensors."""
+        """Return the state dict of a model with int8 modules, with nothing in it but tensors, pairs of tensors, dtypes and None."""
         ...
 
     def load_portable_state(self, model: nn.Module, state: dict[str, Any]) -> None:

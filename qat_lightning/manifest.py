@@ -1,0 +1,143 @@
+"""``manifest.json`` of a saved int8 model: what it holds, how it is written, and the strict reading of it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qat_lightning.backend import Cpu
+from qat_lightning.decoding import decode, parse_json, shown
+from qat_lightning.errors import ArtifactError
+from qat_lightning.plan import Plan
+from qat_lightning.signature import Signature
+
+FORMAT = "qat_lightning int8"
+FORMAT_VERSION = 2
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class TargetEntry:
+    """One int8 submodule.
+
+    Args:
+        plan: recipe, flow, backend, and engine and value range of each layer.
+        inputs: what it was called with before it was saved; None where nobody saw a call.
+    """
+
+    plan: Plan
+    inputs: Signature | None
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file besides the manifest.
+
+    Args:
+        sha256: of its content, in hexadecimal digits.
+        bytes: its size.
+    """
+
+    sha256: str
+    bytes: int
+
+    def __post_init__(self) -> None:
+        """Check what the types leave open."""
+        if not SHA256.fullmatch(self.sha256):
+            raise ValueError(f"sha256 is {shown(self.sha256)}, which is no SHA-256")
+        if self.bytes < 0:
+            raise ValueError(f"bytes is {self.bytes}, less than none")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a saved int8 model is, besides its weights.
+
+    Args:
+        package: version of qat_lightning.
+        torch: version of PyTorch.
+        cpu: the processor it was saved on.
+        targets: the int8 submodules by qualified name; the name is empty where the whole model is one.
+        metrics: figures of its report, e.g. ``int8/acc``; empty where none was given.
+        files: the files of the folder by name: the weights.
+    """
+
+    package: str
+    torch: str
+    cpu: Cpu
+    targets: Mapping[str, TargetEntry]
+    metrics: Mapping[str, float]
+    files: Mapping[str, FileEntry]
+
+    def __post_init__(self) -> None:
+        """Check what the types leave open."""
+        if not self.targets or ("" in self.targets and len(self.targets) > 1):
+            raise ValueError(f"targets are {shown(sorted(self.targets))}: there must be one, or several with names")
+        if [weights_name(entry.sha256) for entry in self.files.values()] != list(self.files):
+            raise ValueError(f"files are {shown(sorted(self.files))}: their names must come from their SHA-256")
+        if len(self.files) != 1:
+            raise ValueError(f"files has {len(self.files)} entries: there must be one, the weights")
+
+    @property
+    def weights(self) -> tuple[str, FileEntry]:
+        """Name and entry of the weights."""
+        return next(iter(self.files.items()))
+
+    def to_json(self) -> str:
+        """Return the manifest as it is written, with a checksum of itself."""
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps({**content, "sha256": checksum(content)}, indent=2, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: bytes) -> "Manifest":
+        """Return the manifest that ``to_json`` wrote.
+
+        Raises:
+            ArtifactError: no JSON, written by something else or by another version, altered, or with a key or value that does not belong.
+        """
+        try:
+            content = parse_json(text)
+        except ValueError as error:
+            raise ArtifactError(f"it is no JSON: {error}. Copy the folder anew from where it was saved.") from None
+        _check_origin(content)
+        if content.pop("sha256", None) != checksum(content):
+            raise ArtifactError("its own `sha256` does not match: it was altered or damaged. Copy the folder anew from where it was saved.")
+        del content["format"], content["format_version"]
+        try:
+            return decode(Manifest, content)
+        except ValueError as error:
+            raise ArtifactError(f"it says what save_quantized never writes: {error}.") from None
+
+
+def weights_name(sha256: str) -> str:
+    """Return the name of the file with the weights, which comes from its content: a new one never replaces one in use."""
+    return f"weights-{sha256[:16]}.safetensors"
+
+
+def is_manifest(text: bytes) -> bool:
+    """Whether a file was written by ``to_json``, of this or another version."""
+    try:
+        content = parse_json(text)
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of JSON values, however a file may lay them out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check_origin(content: Any) -> None:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ArtifactError("it was not written by save_quantized. Give the folder that save_quantized returned.")
+    version = content.get("format_version")
+    if type(version) is not int or version < FORMAT_VERSION:
+        raise ArtifactError(f"its format version is {shown(version)}; this version of qat_lightning reads {FORMAT_VERSION}: save it anew.")
+    if version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"it was written by a newer version of qat_lightning: its format version is {shown(version)}, "
+            f"this version reads {FORMAT_VERSION}. Upgrade qat_lightning."
+        )
