@@ -188,10 +188,6 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         originals = {name: Original(name, folder / "originals") for name in names}
-        # A load that is refused imports what it needs for that only then.
-        for mutation in MUTATIONS:
-            for original in originals.values():
-                judge(original, mutation, -1, folder / "mutated")
         counts: Counter[tuple[str, str]] = Counter()
         for (name, mutation, seed), outcome in zip(tasks, outcomes(tasks, originals, folder / "mutated"), strict=True):
             counts[mutation.name, outcome] += 1

@@ -60,23 +60,13 @@ def save_quantized(module: nn.Module, folder: str | Path, report: Report | None 
         raise ArtifactError(f"{type(module).__name__} holds no int8 module: save `callback.quantized_module` after `trainer.fit`.")
     _refuse_foreign(folder)
     with quiet():
-        plain = to_plain(_flow_of(targets).portable_state(module))
-    weights = _serialize(plain)
-    sha256 = hashlib.sha256(weights).hexdigest()
-    name = weights_name(sha256)
-    figures = report.scalars() if report is not None else {}
-    manifest = Manifest(
-        package=qat_lightning.__version__,
-        torch=torch.__version__,
-        cpu=this_cpu(),
-        targets={name: TargetEntry(_plan_of(target), inputs_of(target)) for name, target in targets.items()},
-        metrics={name: figure for name, figure in figures.items() if math.isfinite(figure)},
-        files={name: FileEntry(sha256, len(weights))},
-    ).to_json()
+        weights = _serialize(to_plain(_flow_of(targets).portable_state(module)))
+    manifest = _describe(targets, weights, report)
+    text, (weights_file, _) = manifest.to_json(), manifest.weights
     # The manifest last: until it is replaced, it names the old weights, which are still there.
-    write_atomically(folder / name, weights)
-    write_atomically(folder / MANIFEST, manifest)
-    _remove_leftovers(folder, keep=name)
+    write_atomically(folder / weights_file, weights)
+    write_atomically(folder / MANIFEST, text)
+    _remove_leftovers(folder, keep=weights_file)
     return folder
 
 
@@ -139,6 +129,19 @@ def _serialize(plain: dict[str, Tensor]) -> bytes:
         return safetensors.torch.save(copies)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ArtifactError(f"The weights cannot be written as safetensors: {error!r}. Keep such tensors out of the state dict.") from error
+
+
+def _describe(targets: dict[str, nn.Module], weights: bytes, report: Report | None) -> Manifest:
+    sha256 = hashlib.sha256(weights).hexdigest()
+    figures = report.scalars() if report is not None else {}
+    return Manifest(
+        package=qat_lightning.__version__,
+        torch=torch.__version__,
+        cpu=this_cpu(),
+        targets={name: TargetEntry(_plan_of(target), inputs_of(target)) for name, target in targets.items()},
+        metrics={name: figure for name, figure in figures.items() if math.isfinite(figure)},
+        files={weights_name(sha256): FileEntry(sha256, len(weights))},
+    )
 
 
 def _remove_leftovers(folder: Path, keep: str) -> None:

@@ -230,6 +230,31 @@ def change_plan(folder: Path, random: Random) -> None:
 
 
 @mutation(signed=True)
+def fill_manifest(folder: Path, random: Random) -> None:
+    """As much of something as a manifest of the largest size can hold."""
+    manifest = read_manifest(folder)
+    entry = random.choice(list(manifest["targets"].values()))
+    plan = entry["plan"]
+    layer = next(iter(plan["layers"].values()))
+    fill = random.choice(
+        [
+            lambda: manifest["metrics"].update({f"figure {i}": 0.5 for i in range(100_000)}),
+            lambda: entry.update(inputs=[{"name": "x", "dtype": "float32", "shape": [1]}] * 50_000),
+            lambda: entry.update(inputs=[{"name": "x", "dtype": "float32", "shape": [1] * 1_000_000}]),
+            lambda: plan.update(float_modules=["fc"] * 500_000),
+            lambda: plan.update(constants=["x"] * 500_000),
+            lambda: plan.update(fuse=random.choice([[[]] * 500_000, [["fc"]] * 400_000, [["fc"] * 500_000]])),
+            lambda: plan["layers"].update({f"fc{i}": layer for i in range(30_000)}),
+            lambda: manifest["targets"].update({f"fc{i}": entry for i in range(3_000)}),
+            lambda: manifest["cpu"].update(name="A" * 3_900_000),
+            lambda: manifest["cpu"].update(features=["avx2"] * 400_000),
+        ]
+    )
+    fill()
+    sign_manifest(folder, manifest)
+
+
+@mutation(signed=True)
 def name_another_file(folder: Path, random: Random) -> None:
     manifest = read_manifest(folder)
     ((name, entry),) = manifest["files"].items()

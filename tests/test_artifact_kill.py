@@ -25,7 +25,7 @@ def kill_at(step):
         global steps
         if event != "c_call" or function.__name__ == "fspath":
             return
-        if function.__module__ == "posix" or type(function.__self__).__module__ == "_io":
+        if function.__module__ == "posix" or type(getattr(function, "__self__", None)).__module__ == "_io":
             steps += 1
             if steps == step:
                 os.kill(os.getpid(), signal.SIGKILL)
