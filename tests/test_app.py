@@ -96,9 +96,11 @@ def test_phases_of_qat_stay_apart(tmp_path):
     assert config.quant.float_epochs == 1
 
 
-@pytest.mark.parametrize(("choice", "checkpoint"), [([], "best.ckpt"), (["quant.convert=last"], None)])
-@pytest.mark.parametrize("recipe", ["qat", "ptq"])
-def test_the_best_epoch_becomes_int8(recipe, choice, checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "choice", "checkpoint"),
+    [("qat", [], None), ("qat", ["quant.convert=best"], "best.ckpt"), ("ptq", [], "best.ckpt"), ("ptq", ["quant.convert=last"], None)],
+)
+def test_which_epoch_becomes_int8(recipe, choice, checkpoint, tmp_path):
     run_app(tmp_path, f"+quant={recipe}", *choice)
     report = read_report(tmp_path)
     assert report["checkpoint"] == checkpoint
