@@ -17,6 +17,7 @@ from qat_lightning.recipe import DynamicPTQ, Recipe, parse_recipe
 from qat_lightning.report import LayerParity
 from qat_lightning.signature import Signature, widen
 from qat_lightning.state import PreparedState, tensor_names
+from qat_lightning.zero_scales import lift_zero_scales
 
 _PREPARED = "prepared"
 _INT8 = "int8"
@@ -136,6 +137,7 @@ def prepare_planned(module: nn.Module, plan: Plan) -> nn.Module:
     before = tensor_names(module)
     with torch.random.fork_rng(devices=[]):  # torch.ao draws initial weights for layers it then gives the user's weights
         prepared = get_flow(plan.flow).prepare(module, plan)
+    lift_zero_scales(prepared)
     PreparedState(plan, before, prepared)
     return _mark(prepared, _PREPARED, plan)
 

@@ -13,6 +13,7 @@ from qat_lightning.decoding import parse_json
 from qat_lightning.errors import CheckpointError
 from qat_lightning.observers import follow_weights, measure_weights
 from qat_lightning.plan import Plan
+from qat_lightning.zero_scales import lift_zero_scales
 
 PLAN_KEY = "quantization_plan"
 OBSERVER_SWITCH = ".observer_enabled"
@@ -89,6 +90,7 @@ class PreparedState:
     def finish(self, module: nn.Module, incompatible: Any) -> None:
         """Measure the weights that a float state dict has brought."""
         if self.loaded_float:
+            lift_zero_scales(module)
             measure_weights(module)
         self.loaded_float = False
 
