@@ -13,6 +13,7 @@ from qat_lightning.errors import (
     QuantizationError,
     UnsupportedModelError,
 )
+from qat_lightning.evaluation import Sensitivity, measure_sensitivity
 from qat_lightning.plan import Call
 from qat_lightning.recipe import QAT, DynamicPTQ, LayerOverride, StaticPTQ, When
 from qat_lightning.report import Report
@@ -32,6 +33,7 @@ __all__ = [
     "QuantizationCallback",
     "QuantizationError",
     "Report",
+    "Sensitivity",
     "StaticPTQ",
     "UnsupportedModelError",
     "When",
@@ -41,6 +43,7 @@ __all__ = [
     "load_float_weights",
     "load_quantized",
     "measure_parity",
+    "measure_sensitivity",
     "prepare",
     "quantize_dynamic",
     "save_quantized",

@@ -62,7 +62,7 @@ def calibrate(prepared: nn.Module, batches: Iterable[Any], limit: int | None = N
         ConfigurationError: the module was not prepared.
     """
     bare = inside(prepared)
-    _require_prepared(bare)
+    require_prepared(bare)
     bare.eval()
 
     def step(batch: Any) -> None:
@@ -84,7 +84,7 @@ def convert(prepared: nn.Module) -> nn.Module:
         ConfigurationError: the module was not prepared.
         CalibrationError: it was neither trained nor calibrated, or has seen NaN.
     """
-    plan = _require_prepared(inside(prepared))
+    plan = require_prepared(inside(prepared))
     check_ranges(prepared, "convert")
     int8 = convert_planned(uncompiled_copy(prepared).cpu(), plan)
     record_inputs(int8, inputs_of(inside(prepared)))
@@ -119,7 +119,7 @@ def measure_parity(prepared: nn.Module, int8: nn.Module, batches: Sequence[Any])
         int8: from :func:`convert`.
         batches: inputs as in :func:`calibrate`.
     """
-    plan = _require_prepared(prepared)
+    plan = require_prepared(prepared)
     return merge(get_flow(plan.flow).parity(prepared.eval(), int8, [as_call(batch) for batch in batches]))
 
 
@@ -187,7 +187,12 @@ def require_layers(plans: dict[str, Plan]) -> None:
     )
 
 
-def _require_prepared(module: nn.Module) -> Plan:
+def require_prepared(module: nn.Module) -> Plan:
+    """Return the plan of a prepared module.
+
+    Raises:
+        ConfigurationError: the module was not prepared.
+    """
     plan = plan_of(module)
     if plan is None:
         raise ConfigurationError(f"{type(module).__name__} was not prepared: call prepare(module, recipe) first.")

@@ -88,6 +88,8 @@ def freeze_ranges(module: nn.Module) -> None:
     for child in fake_quants(module):
         if hasattr(child, "freeze_range"):
             child.freeze_range()
+        elif hasattr(child, "follow_observer"):  # of QAT: its scale follows the observer only while fake-quant is on
+            child.follow_observer()
 
 
 def check_ranges(module: nn.Module, name: str) -> None:
