@@ -14,6 +14,7 @@ from qat_lightning.errors import (
     UnsupportedModelError,
 )
 from qat_lightning.evaluation import Sensitivity, measure_sensitivity
+from qat_lightning.fallback import quantize_within
 from qat_lightning.plan import Call
 from qat_lightning.recipe import QAT, DynamicPTQ, LayerOverride, StaticPTQ, When
 from qat_lightning.report import Report
@@ -46,5 +47,6 @@ __all__ = [
     "measure_sensitivity",
     "prepare",
     "quantize_dynamic",
+    "quantize_within",
     "save_quantized",
 ]

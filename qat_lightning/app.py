@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -25,12 +25,15 @@ from qat_lightning.callback import QuantizationCallback
 from qat_lightning.checkpoint import ConvertedWeights, load_float_weights
 from qat_lightning.distributed import ALONE, Processes, alone, fail_together
 from qat_lightning.errors import ConfigurationError, QuantizationError
+from qat_lightning.evaluation.plots import can_plot
 from qat_lightning.files import write_atomically
 from qat_lightning.gate import ParityAction
 from qat_lightning.instantiation import build, check_targets, make_importable
-from qat_lightning.recipe import QAT, Recipe
+from qat_lightning.recipe import QAT, DynamicPTQ, Recipe
 from qat_lightning.report import Report
-from qat_lightning.tracking import PhaseLogger, close, log_config, log_report
+from qat_lightning.tracking import PhaseLogger, close, log_config, log_report, log_sensitivity
+
+log = logging.getLogger(__name__)
 
 # Learning rate of QAT as a share of the float training's. A teacher's gradient shrinks with the student's error, that of labels does not.
 LR_SHARE_WITH_TEACHER = 0.2
@@ -49,6 +52,8 @@ class Quantization:
             gives the whole gradient, a hundredth where labels give a part of it.
         convert: which weights become int8, ``"best"`` or ``"last"``; None: best where a ModelCheckpoint monitors a metric.
         parity: ``"error"``, ``"warn"`` or ``"off"`` where int8 and fake-quant differ by more than one step.
+        metric: the validation metric of ``max_accuracy_drop`` and of the sensitivity; None: the first accuracy.
+        sensitivity: ``"divergence"`` or ``"metric"`` measures what int8 does at each layer; None does not.
     """
 
     recipe: Recipe
@@ -57,10 +62,12 @@ class Quantization:
     lr: float | None
     convert: ConvertedWeights | None
     parity: ParityAction
+    metric: str | None
+    sensitivity: Literal["divergence", "metric"] | None
 
     def callback(self) -> QuantizationCallback:
         """Return a new callback that carries the recipe out."""
-        return QuantizationCallback(self.recipe, modules=self.modules, convert=self.convert, parity=self.parity)
+        return QuantizationCallback(self.recipe, modules=self.modules, convert=self.convert, parity=self.parity, metric=self.metric)
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,7 @@ def _build_quantization(config: dict[str, Any]) -> Quantization | None:
     quant = config.get("quant")
     if quant is None:
         return None
-    settings = {name: quant.get(name) for name in ("modules", "float_epochs", "lr", "convert", "parity")}
+    settings = {name: quant.get(name) for name in ("modules", "float_epochs", "lr", "convert", "parity", "metric", "sensitivity")}
     recipe = build({name: value for name, value in quant.items() if name not in settings}, "quant")
     _expect("quant", recipe, Recipe, "use +quant=qat, +quant=ptq or +quant=dynamic")
     epochs, lr = settings["float_epochs"] or 0, settings["lr"]
@@ -228,18 +235,28 @@ def _build_quantization(config: dict[str, Any]) -> Quantization | None:
         raise ConfigurationError(f"Expected `quant.float_epochs` to be an integer of at least 0, but got {epochs!r}.")
     if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float) or lr <= 0):
         raise ConfigurationError(f"Expected `quant.lr` to be a positive number or null, but got {lr!r}.")
+    _check_sensitivity(recipe, settings["sensitivity"])
     if isinstance(recipe, QAT) and config["trainer"].get("max_epochs") == 0:
         raise ConfigurationError(
             "`trainer.max_epochs=0` leaves no epoch for quantization-aware training. To quantize without training: "
             "+quant=ptq trainer.max_epochs=0. To skip the float training before QAT: quant.float_epochs=0."
         )
     parity: Any = settings["parity"] if "parity" in quant else "warn"
-    quantization = Quantization(recipe, settings["modules"], epochs, lr, settings["convert"], parity)
+    quantization = Quantization(
+        recipe, settings["modules"], epochs, lr, settings["convert"], parity, settings["metric"], settings["sensitivity"]
+    )
     try:
         quantization.callback()
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"`quant`: {error}") from error
     return quantization
+
+
+def _check_sensitivity(recipe: Recipe, sensitivity: object) -> None:
+    if sensitivity not in (None, "divergence", "metric"):
+        raise ConfigurationError(f"Expected `quant.sensitivity` to be divergence, metric or null, but got {sensitivity!r}.")
+    if sensitivity is not None and isinstance(recipe, DynamicPTQ):
+        raise ConfigurationError("`quant.sensitivity` needs fake-quant, which dynamic quantization has not: use +quant=ptq or +quant=qat.")
 
 
 def _expect(key: str, value: object, kind: type, hint: str) -> None:
@@ -331,7 +348,20 @@ def _finish(this: Run, callback: QuantizationCallback, accuracies: dict[str, flo
     report.save(this.folder)
     save_quantized(callback.quantized_module, this.folder / "int8", report)
     log_report(this.loggers, report, this.folder / "int8")
+    _measure_sensitivity(this, callback)
     return Outcome(accuracies["int8"], report)
+
+
+def _measure_sensitivity(this: Run, callback: QuantizationCallback) -> None:
+    """Measure what int8 does at each layer where the config asks for it, and write and log the table."""
+    assert this.quantization is not None
+    if this.quantization.sensitivity is None:
+        return
+    found = callback.measure_sensitivity(this.model, use_metric=this.quantization.sensitivity == "metric")
+    found.save(this.folder, plot=can_plot())
+    if not can_plot():
+        log.warning('There is no sensitivity.png without matplotlib: pip install "qat-lightning[plot]".')
+    log_sensitivity(this.loggers, found)
 
 
 def _cpu_trainer(this: Run) -> Trainer:

@@ -1,7 +1,7 @@
 """The callback: Lightning's hooks, wired to the functions of this package."""
 
 import logging
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from qat_lightning.distillation import Distillation
 from qat_lightning.distributed import ALONE, Processes, fail_together, synchronize_ranges
 from qat_lightning.environment import check_callbacks, check_trainer, counted_horizon_of, horizon_of, loss_scale_of, progress_of
 from qat_lightning.errors import CalibrationError, ConfigurationError, QuantizationError
-from qat_lightning.evaluation import serialized_bytes
+from qat_lightning.evaluation import Sensitivity, serialized_bytes
+from qat_lightning.fallback import max_drop_of
 from qat_lightning.gate import PARITY_ACTIONS, ParityAction, check_parity
+from qat_lightning.measuring import keep_accuracy, sensitivity_of
 from qat_lightning.observers import apply_phase, freeze_bn, switch_observers_off
 from qat_lightning.plan import Plan, check_fuse, check_overrides, make_plan
 from qat_lightning.pruning import keep_zeros, nonzero
@@ -35,12 +37,12 @@ from qat_lightning.running import attached, calibration_batches, clone, evaluati
 from qat_lightning.schedule import Phase, check_reachable, phase
 from qat_lightning.state import float_weights, plans_in
 from qat_lightning.targets import CallRecorder, already, concerns, find_targets
+from qat_lightning.validation import Validation, accuracy_name
 
 log = logging.getLogger(__name__)
 
 NO_BASELINE = Baseline(targets={}, size_bytes=0)
 
-ACCURACY_NAMES = ("acc", "accuracy")
 # In a checkpoint: which weights were not zero when training began. After a resume others may be zero by chance.
 NONZERO = "quantization_nonzero"
 
@@ -65,6 +67,8 @@ class QuantizationCallback(Callback):
             None: best where a ModelCheckpoint monitors a metric, else last.
         parity: what to do when int8 and fake-quant differ by more than one quantization step at a layer: ``"error"``, ``"warn"``, or
             ``"off"``, which does not compare them.
+        metric: the validation metric that ``max_accuracy_drop`` of the recipe bounds, as ``validation_step`` logs it, higher is better.
+            None: the first named ``acc`` or ``accuracy``; where there is none, the agreement of int8's outputs with the float model's.
 
     Raises:
         ValueError: unknown recipe, weights to convert or parity action.
@@ -86,6 +90,7 @@ class QuantizationCallback(Callback):
         init_from: str | Path | None = None,
         convert: ConvertedWeights | None = None,
         parity: ParityAction = "warn",
+        metric: str | None = None,
     ) -> None:
         self._recipe = parse_recipe(recipe)
         if isinstance(modules, str) or not (modules is None or isinstance(modules, Sequence)):
@@ -96,6 +101,8 @@ class QuantizationCallback(Callback):
             raise TypeError(f"Expected argument `calibration_data` to be an iterable of batches or None, but got {calibration_data!r}.")
         if init_from is not None and not isinstance(init_from, str | Path):
             raise TypeError(f"Expected argument `init_from` to be a path or None, but got {init_from!r}.")
+        if metric is not None and not isinstance(metric, str):
+            raise TypeError(f"Expected argument `metric` to be the name of a logged metric or None, but got {metric!r}.")
         check_choice("convert", convert, ("best", "last", None))
         check_choice("parity", parity, PARITY_ACTIONS)
         self._modules = modules
@@ -103,6 +110,7 @@ class QuantizationCallback(Callback):
         self._init_from = init_from
         self._convert = convert
         self._parity: ParityAction = parity
+        self._metric = metric
         self._baseline = NO_BASELINE
         self._baseline_of: int | None = None
         self._plans: dict[str, Plan] = {}
@@ -184,6 +192,11 @@ class QuantizationCallback(Callback):
             check_reachable(self._recipe, horizon_of(trainer))
             check_callbacks(trainer, self._recipe)
         self._processes = Processes.of(trainer)
+        if self._processes.count > 1 and max_drop_of(self._recipe) is not None:
+            raise ConfigurationError(
+                f"`max_accuracy_drop` makes and measures int8 models in one process, but this Trainer uses {self._processes.count}: train "
+                f"without it, then quantize with Trainer(devices=1, max_epochs=0) from the checkpoint."
+            )
         if self._convert == "best" and stage == "fit" and not has_checkpoints(trainer):
             raise ConfigurationError(
                 "convert='best' takes the best checkpoint, but the Trainer writes none: add ModelCheckpoint(monitor=...), or use 'last'."
@@ -459,19 +472,51 @@ class QuantizationCallback(Callback):
             CalibrationError: there are no batches, or the observers have seen none.
             ParityError: as at the end of a fit, with ``parity="error"``.
         """
-        if isinstance(self._recipe, QAT):
-            self._plans = self._adopted(pl_module)
-        if not self._plans or not self._plans.keys() <= dict(pl_module.named_modules()).keys() or already(pl_module)[1]:
-            raise QuantizationError(
-                f"{type(pl_module).__name__} is not prepared by recipe {self._recipe.name!r}, so there is nothing to convert: call "
-                f"trainer.fit with this callback first, and give convert() the module that was fitted; an int8 one is converted already."
-            )
+        self._require_plans(pl_module, "convert")
         trainer = trainer_of(pl_module)
         batches = self._batches(trainer) if batches is None else batches
         if isinstance(batches, Sized) and not len(batches):
             raise CalibrationError("There is no batch to calibrate or compare int8 with: give some, as in convert(module, batches).")
         self._quantize(clone(pl_module).cpu().eval(), trainer, batches, None, ALONE)
         return self.quantized_module
+
+    def measure_sensitivity(self, pl_module: LightningModule, batches: Iterable[Any] | None = None, use_metric: bool = True) -> Sensitivity:
+        """Measure what int8 does at each layer of a module as it is now; see :func:`qat_lightning.measure_sensitivity`.
+
+        Args:
+            pl_module: as for :meth:`convert`, not changed either.
+            batches: as for :meth:`convert`; some of them serve to compare outputs.
+            use_metric: run the validation data for each layer, twice, and add the callback's ``metric``; False compares outputs alone.
+
+        Raises:
+            QuantizationError: no fit has prepared the module, it is in int8, or the recipe is dynamic.
+            CalibrationError: there are no batches, or the observers have seen none.
+        """
+        self._require_plans(pl_module, "measure_sensitivity")
+        trainer = trainer_of(pl_module)
+        copied = clone(pl_module).cpu().eval()
+        validation = Validation.of(trainer, copied) if use_metric else None
+        batches = self._batches(trainer) if batches is None else batches
+        return sensitivity_of(copied, self._plans, self._recipe, batches, self._step(trainer), validation, self._metric)
+
+    def _require_plans(self, pl_module: LightningModule, method: str) -> None:
+        if isinstance(self._recipe, QAT):
+            self._plans = self._adopted(pl_module)
+        if not self._plans or not self._plans.keys() <= dict(pl_module.named_modules()).keys() or already(pl_module)[1]:
+            raise QuantizationError(
+                f"{type(pl_module).__name__} is not prepared by recipe {self._recipe.name!r}, so there is nothing to convert: call "
+                f"trainer.fit with this callback first, and give {method}() the module that was fitted; an int8 one is converted already."
+            )
+
+    def _step(self, trainer: Trainer | None) -> Callable[[nn.Module, Any], None]:
+        """Return what runs a batch through a copy of the module."""
+
+        def step(module: nn.Module, batch: Any) -> None:
+            assert isinstance(module, LightningModule)
+            with attached(module, trainer):
+                self.calibration_step(module, to_device(module, batch))
+
+        return step
 
     def _batches(self, trainer: Trainer | None) -> Iterable[Any]:
         if trainer is None:
@@ -482,20 +527,25 @@ class QuantizationCallback(Callback):
         self, copied: LightningModule, trainer: Trainer | None, batches: Iterable[Any], path: Path | None, processes: Processes
     ) -> None:
         """Turn a copy of the trained module into the int8 module, and report; ``path`` is where its weights come from."""
+        plans, fallback = self._plans, None
+        if (max_drop := max_drop_of(self._recipe)) is not None:
+            validation = Validation.of(trainer, copied)
+            choice, batches = keep_accuracy(copied, plans, self._recipe, batches, self._step(trainer), validation, self._metric, max_drop)
+            plans, fallback = choice.plans, choice.fallback
         with attached(copied, trainer):
 
             def step(batch: Any) -> None:
                 self.calibration_step(copied, to_device(copied, batch))
 
             compare = self._parity != "off"
-            report = quantize_copy(copied, self._plans, self._recipe, batches, step, self._baseline, compare, processes)
+            report = quantize_copy(copied, plans, self._recipe, batches, step, self._baseline, compare, processes)
         self._converted = path
         with fail_together(processes):
             if report is not None:
-                self._report = replace(report, checkpoint=None if path is None else path.name)
+                self._report = replace(report, checkpoint=None if path is None else path.name, fallback=fallback)
                 self._quantized = copied
                 self._share(copied, trainer)
-                check_parity(self._report, self._plans, self._baseline.targets, self._parity)
+                check_parity(self._report, plans, self._baseline.targets, self._parity)
 
     def _share(self, quantized: LightningModule, trainer: Trainer | None) -> None:
         """Exchange int8 submodules with other callbacks, so that the int8 module of each has those of all."""
@@ -517,11 +567,10 @@ class QuantizationCallback(Callback):
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the accuracy that a test has measured, of the fake-quantized or of the int8 model."""
-        accuracy = next(
-            (value for name, value in trainer.callback_metrics.items() if name.split("/")[-1].split("_")[-1] in ACCURACY_NAMES), None
-        )
-        if self._report is None or accuracy is None:
+        name = accuracy_name(trainer.callback_metrics)
+        if self._report is None or name is None:
             return
+        accuracy = trainer.callback_metrics[name]
         prepared, int8 = already(pl_module)
         if int8:
             self._report = self._report.with_accuracy("int8", float(accuracy))

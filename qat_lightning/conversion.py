@@ -110,17 +110,53 @@ def quantize_copy(
         CalibrationError: no data, or NaN in it.
         QuantizationError: another process has failed.
     """
-    prepared = {name: _prepare_if_float(module.get_submodule(name), plan) for name, plan in plans.items()}
-    for name, target in prepared.items():
-        module.set_submodule(name, target.eval())
+    prepared = prepare_targets(module, plans)
     first = _First(batches, PARITY_BATCHES)
-    if isinstance(recipe, StaticPTQ):
-        limit = processes.part_of(recipe.calibration_batches)
-        calibrate(prepared.values(), first, step, limit, progress=processes.rank == 0, processes=processes)
+    calibrate_targets(prepared, recipe, first, step, processes)
     with fail_together(processes):
         sample = first.batches()
         with alone():
             return _convert(module, prepared, plans, recipe, sample, step, baseline, compare) if processes.rank == 0 else None
+
+
+def prepare_targets(module: nn.Module, plans: Mapping[str, Plan]) -> dict[str, nn.Module]:
+    """Prepare the targets of ``module`` that are float; returns all by name.
+
+    Args:
+        module: a copy of the trained module, on the CPU; it gets the prepared targets. One whose name is empty is the module itself.
+        plans: of its targets.
+    """
+    prepared = {name: _prepare_if_float(module.get_submodule(name), plan).eval() for name, plan in plans.items()}
+    for name, target in prepared.items():
+        if name:
+            module.set_submodule(name, target)
+    return prepared
+
+
+def calibrate_targets(
+    prepared: Mapping[str, nn.Module],
+    recipe: Recipe,
+    batches: Iterable[Any],
+    step: Callable[[Any], Any],
+    processes: Processes = ALONE,
+    progress: bool = True,
+) -> None:
+    """Give prepared targets what a recipe takes from data: nothing but for static quantization, others have learnt or need none.
+
+    Args:
+        prepared: targets by name, in one module.
+        recipe: what to do.
+        batches: the part of this process.
+        step: runs one batch through the module.
+        processes: of the run.
+        progress: show a progress bar, on rank zero.
+
+    Raises:
+        CalibrationError: no data, or NaN in it.
+    """
+    if isinstance(recipe, StaticPTQ):
+        limit = processes.part_of(recipe.calibration_batches)
+        calibrate(prepared.values(), batches, step, limit, progress=progress and processes.rank == 0, processes=processes)
 
 
 def _convert(
@@ -137,14 +173,14 @@ def _convert(
         for name, target in prepared.items():
             apply_phase(target, IDLE)
             check_ranges(target, f"module {name!r}")
-    calls = _captured(prepared, sample, step)
-    single = _captured(prepared, [first_of_batch(sample[0])] if sample else [], step)
+    calls = captured(prepared, sample, step)
+    single = captured(prepared, [first_of_batch(sample[0])] if sample else [], step)
     int8 = {name: convert_planned(copy.deepcopy(target), plans[name]) for name, target in prepared.items()}
     parity = None if isinstance(recipe, DynamicPTQ) or not compare else _parity(prepared, int8, plans, calls)
     for name, target in int8.items():
         record_inputs(target, describe([*calls[name], *single[name]]))
         module.set_submodule(name, target)
-    float_ms, int8_ms = _latency(baseline.targets, int8, single)
+    float_ms, int8_ms = latency(baseline.targets, int8, single)
     layers = tuple(_layers(int8, plans))
     return Report(
         recipe=recipe.name,
@@ -188,7 +224,9 @@ def _prepare_if_float(module: nn.Module, plan: Plan) -> nn.Module:
     return module if plan.recipe == DynamicPTQ.name or plan_of(module) is not None else prepare_planned(module, plan)
 
 
-def _captured(targets: Mapping[str, nn.Module], batches: Sequence[Any], step: Callable[[Any], Any]) -> dict[str, list[Call]]:
+def captured(targets: Mapping[str, nn.Module], batches: Sequence[Any], step: Callable[[Any], Any]) -> dict[str, list[Call]]:
+    """Return the first calls that the targets receive while ``step`` runs the batches, as many as there are batches."""
+
     def run() -> None:
         with torch.inference_mode():
             for batch in batches:
@@ -205,7 +243,7 @@ def _parity(
         for name, plan in plans.items():
             layers = get_flow(plan.flow).parity(prepared[name], int8[name], calls[name])
             found.extend(
-                LayerParity(layer=_full_name(name, entry.layer), max_steps=entry.max_steps, differing=entry.differing) for entry in layers
+                LayerParity(layer=full_name(name, entry.layer), max_steps=entry.max_steps, differing=entry.differing) for entry in layers
             )
     return merge(found)
 
@@ -213,18 +251,24 @@ def _parity(
 def _layers(int8: Mapping[str, nn.Module], plans: Mapping[str, Plan]) -> Iterable[LayerReport]:
     for name, target in int8.items():
         for layer in get_flow(plans[name].flow).layers(target, plans[name]):
-            yield replace(layer, layer=_full_name(name, layer.layer))
+            yield replace(layer, layer=full_name(name, layer.layer))
 
 
-def _full_name(target: str, layer: str) -> str:
+def full_name(target: str, layer: str) -> str:
     """Return the layer's name in the LightningModule, without the parent that some targets are given."""
     return f"{target}.{layer}".replace(".wrapped", "")
 
 
-def _latency(
+def latency(
     floats: Mapping[str, nn.Module], int8: Mapping[str, nn.Module], calls: Mapping[str, list[Call]]
 ) -> tuple[float | None, float | None]:
-    """Return the milliseconds that the targets take together, float and int8; None where there is nothing to run."""
+    """Return the milliseconds that the targets take together, float and int8; None where there is nothing to run.
+
+    Args:
+        floats: targets by name; may lack some.
+        int8: the other targets to time, in turns with the first.
+        calls: how each is called.
+    """
     called = [name for name in int8 if calls[name]]
 
     def run(modules: Mapping[str, nn.Module]) -> Callable[[], None]:

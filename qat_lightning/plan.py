@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,12 @@ class Plan:
         """Check what the types leave open."""
         check_choice("recipe", self.recipe, RECIPES)
         check_choice("observer", self.observer, OBSERVERS if self.recipe == StaticPTQ.name else (None,))
+
+    def keep_float(self, names: Iterable[str]) -> "Plan":
+        """Return the plan with these layers in float, as ``overrides={name: None}`` would have made it."""
+        kept = set(names)
+        layers = {name: layer for name, layer in self.layers.items() if name not in kept}
+        return replace(self, layers=layers, float_modules=tuple(_outermost({*self.float_modules, *kept})))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values."""

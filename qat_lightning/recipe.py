@@ -40,6 +40,15 @@ def _check_share(argument: str, value: object) -> None:
         raise ValueError(f"Expected argument `{argument}` to lie in [0, 1], but got {value}.")
 
 
+def _check_drop(value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"Expected argument `max_accuracy_drop` to be a number or None, but got {value!r}.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"Expected argument `max_accuracy_drop` to lie in [0, 1], a fraction such as 0.005, but got {value}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class When:
     """A moment of a training run; exactly one argument is given.
@@ -203,18 +212,22 @@ class StaticPTQ(Recipe):
     Args:
         calibration_batches: how many batches the observers see.
         observer: how a range is chosen: ``"histogram"`` (smallest squared error), ``"minmax"``, ``"moving_average"``.
+        max_accuracy_drop: keep the fewest layers in float with which int8 loses no more than this on the validation data, a fraction;
+            None: all run in int8, whatever that costs. See :mod:`qat_lightning.fallback`.
     """
 
     name: ClassVar[str] = "ptq"
 
     calibration_batches: int = 32
     observer: ObserverName = "histogram"
+    max_accuracy_drop: float | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
         check_count("calibration_batches", self.calibration_batches, minimum=1)
         check_choice("observer", self.observer, OBSERVERS)
+        _check_drop(self.max_accuracy_drop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,11 +235,20 @@ class DynamicPTQ(Recipe):
     """Dynamic quantization of Linear, LSTM and GRU: int8 weights, activation ranges measured anew at each call.
 
     The default flow is eager: nothing needs to be traced, so that any ``forward`` works.
+
+    Args:
+        max_accuracy_drop: as in :class:`StaticPTQ`.
     """
 
     name: ClassVar[str] = "dynamic"
 
     flow: FlowName = "eager"
+    max_accuracy_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        _check_drop(self.max_accuracy_drop)
 
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (QAT, StaticPTQ, DynamicPTQ)}

@@ -64,6 +64,49 @@ class LayerReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fallback:
+    """Which layers stay in float so that int8 is accurate enough, and what that costs.
+
+    Args:
+        metric: what was measured on the validation data, higher is better: a metric of the model, or the agreement of outputs, which is
+            one minus their divergence (see :mod:`qat_lightning.evaluation.divergence`).
+        max_drop: what int8 may lose of it.
+        met: whether it loses no more; else ``kept`` is the best that was found.
+        float32: the metric in float.
+        all_int8: with every layer in int8.
+        int8: with ``kept`` in float.
+        kept: qualified names of the layers.
+        layers: how many layers there are to quantize.
+        trials: how many int8 models were made and measured.
+        added_bytes: size, compared with every layer in int8.
+        added_ms: latency, compared with every layer in int8; None where nothing was timed.
+    """
+
+    metric: str
+    max_drop: float
+    met: bool
+    float32: float
+    all_int8: float
+    int8: float
+    kept: tuple[str, ...]
+    layers: int
+    trials: int
+    added_bytes: int = 0
+    added_ms: float | None = None
+
+    def sentence(self) -> str:
+        """Return all of it in one line."""
+        figures = f"{self.metric} {self.float32:.4f} in float, {self.all_int8:.4f} with all {self.layers} layers in int8"
+        bound = f"max_accuracy_drop={self.max_drop:g}"
+        if not self.kept:
+            return f"none, {figures}: {bound} is {'met' if self.met else 'NOT MET, and no layer in float brings it closer'}"
+        time = "" if self.added_ms is None else f" and {self.added_ms:+.3f} ms"
+        cost = f"{_show(self.added_bytes, '{:+.3f}', 1e-6)} MB{time}"
+        verdict = "is met" if self.met else "is NOT MET, this is the best that was found"
+        return f"{', '.join(self.kept)}; {figures}, {self.int8:.4f} with these in float, which costs {cost}: {bound} {verdict}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The outcome of a quantization.
 
@@ -82,6 +125,7 @@ class Report:
         torch: version of PyTorch.
         cpu: the processor the figures were taken on.
         checkpoint: name of the checkpoint whose weights were converted; None: the final weights.
+        fallback: the layers that stay in float for the sake of accuracy; None where no bound was given.
     """
 
     recipe: str
@@ -98,6 +142,7 @@ class Report:
     torch: str = ""
     cpu: str = ""
     checkpoint: str | None = None
+    fallback: Fallback | None = None
 
     @property
     def max_steps(self) -> int | None:
@@ -150,6 +195,8 @@ class Report:
         }
         if self.fake_quant is not None:
             report["fake_quant"] = {"accuracy": self.fake_quant.accuracy}
+        if self.fallback is not None:
+            report["fallback"] = asdict(self.fallback)
         return report
 
     def scalars(self) -> dict[str, float]:
@@ -183,6 +230,7 @@ class Report:
             *(f"| {' | '.join(row)} |" for row in self.rows()),
             "",
             f"- quantized modules: {self.quantized_modules}",
+            *([] if self.fallback is None else [f"- kept in float: {self.fallback.sentence()}"]),
             f"- converted weights: {'the final ones' if self.checkpoint is None else self.checkpoint}",
             f"- speed-up: {_show(self.speedup, '{:.2f}')} x (batch 1, one thread, median)",
             f"- parity of fake-quant and int8: {self._parity_sentence()}",

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torchmetrics import Metric
 
 from qat_lightning.distributed import Processes, own_share
 from qat_lightning.modes import evaluating
@@ -36,7 +37,10 @@ def clone(module: ModuleT) -> ModuleT:
 
 @contextmanager
 def attached(module: LightningModule, trainer: Trainer | None) -> Iterator[None]:
-    """Give a copied module its trainer for the time of the block, with ``self.log`` switched off: no loop is there to log for."""
+    """Give a copied module its trainer for the time of the block, with ``self.log`` switched off: no loop is there to log for.
+
+    Its metrics are reset at the end: a later test of the copy must not count what the block has run.
+    """
     module.trainer = trainer
     for name in ("log", "log_dict"):
         vars(module)[name] = _ignore
@@ -45,6 +49,9 @@ def attached(module: LightningModule, trainer: Trainer | None) -> Iterator[None]
     finally:
         for name in ("log", "log_dict"):
             vars(module).pop(name)
+        for child in module.modules():
+            if isinstance(child, Metric):
+                child.reset()
         module.trainer = None
 
 

@@ -11,6 +11,7 @@ import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from typing_extensions import override
 
+from qat_lightning.evaluation import Sensitivity
 from qat_lightning.report import Report
 
 # The public server's name in netrc, whatever address the installed client reaches it by.
@@ -130,6 +131,15 @@ def log_report(loggers: Iterable[Logger], report: Report, artifact: Path | None 
         if isinstance(logger, WandbLogger):
             _log_to_wandb(logger.experiment, report, artifact)
         logger.save()
+
+
+def log_sensitivity(loggers: Iterable[Logger], sensitivity: Sensitivity) -> None:
+    """Log the sensitivity of the layers as a table in W&B; other loggers take numbers alone."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            table = wandb.Table(columns=list(sensitivity.columns()), data=sensitivity.table())
+            logger.experiment.log({"sensitivity": table})
+            logger.save()
 
 
 def layer_rows(report: Report) -> list[list[Any]]:

@@ -1,4 +1,5 @@
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -87,6 +88,17 @@ def test_recipes_from_the_command_line(overrides, recipe, flow, backend, tmp_pat
     assert json.loads((tmp_path / "int8" / "manifest.json").read_text())["metrics"]["int8/acc"] == accuracy
 
 
+def test_sensitivity_and_fallback_from_the_command_line(tmp_path):
+    run_app(tmp_path, "+quant=ptq", "trainer.max_epochs=0", "quant.max_accuracy_drop=1", "quant.sensitivity=metric")
+    fallback = read_report(tmp_path)["fallback"]
+    assert (fallback["metric"], fallback["kept"], fallback["met"]) == ("val/acc", [], True)
+    sensitivity = json.loads((tmp_path / "sensitivity.json").read_text())
+    assert sensitivity["metric"] == "val/acc"
+    assert len(sensitivity["layers"]) == fallback["layers"] == 22
+    assert "net.conv1" in (tmp_path / "sensitivity.md").read_text()
+    assert (tmp_path / "sensitivity.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
+
+
 def test_phases_of_qat_stay_apart(tmp_path):
     run_app(tmp_path, "+quant=qat", "quant.float_epochs=1")
     expected = {"float/train/loss", "float/test/acc", "qat/train/loss", "qat/val/acc", "qat/test/acc", "int8/test/acc", "int8/acc"}
@@ -163,6 +175,10 @@ def test_unknown_metric_costs_the_accuracy_not_the_model(tmp_path):
         (["+quant=qat", "quant.parity=null"], r"`quant`.*`parity`.*None"),
         (["+quant=ptq", "quant.parity=fail"], r"`quant`.*`parity`.*'fail'"),
         (["+quant=ptq", "quant.observer=mode"], r"`observer`.*'mode'"),
+        (["+quant=ptq", "quant.max_accuracy_drop=2"], r"`max_accuracy_drop`.*\[0, 1\]"),
+        (["+quant=ptq", "quant.metric=1"], r"`quant`.*`metric`"),
+        (["+quant=ptq", "quant.sensitivity=all"], r"`quant\.sensitivity`.*'all'"),
+        (["+quant=dynamic", "+quant.sensitivity=divergence"], r"`quant\.sensitivity`.*\+quant=ptq"),
         (["+quant=ptq", "quant.calibration_batches=0"], r"`calibration_batches`.*at least 1"),
         (["+quant._target_=torch.nn.ReLU"], "to be a Recipe"),
         (["+quant=dynamic", "quant._target_=qat_lightning.StaticPTQ", "+quant.start=1"], "start"),

@@ -14,7 +14,7 @@ from qat_lightning.instantiation import build, check_targets
 from qat_lightning.recipe import BACKENDS, FLOWS
 
 CONF = Path(__file__).parents[1] / "conf"
-APP_FIELDS = {"modules", "float_epochs", "lr", "convert", "parity"}
+APP_FIELDS = {"modules", "float_epochs", "lr", "convert", "parity", "metric", "sensitivity"}
 RECIPES = {"qat": QAT, "ptq": StaticPTQ, "dynamic": DynamicPTQ}
 # What differs from the defaults of the dataclass: on the command line, quantization-aware training always follows a float model.
 DEFAULTS = {"qat": {"distillation": 1.0}, "ptq": {}, "dynamic": {}}

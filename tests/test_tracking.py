@@ -1,12 +1,24 @@
 import csv
 import json
+import math
 
 import pytest
 import wandb
 from lightning.pytorch.loggers import CSVLogger
 
+from qat_lightning.evaluation import LayerSensitivity, Sensitivity
 from qat_lightning.report import LayerParity, LayerReport, Measurement, Report
-from qat_lightning.tracking import LAYER_COLUMNS, PhaseLogger, close, has_api_key, layer_rows, log_config, log_report, wandb_logger
+from qat_lightning.tracking import (
+    LAYER_COLUMNS,
+    PhaseLogger,
+    close,
+    has_api_key,
+    layer_rows,
+    log_config,
+    log_report,
+    log_sensitivity,
+    wandb_logger,
+)
 
 REPORT = Report(
     recipe="ptq",
@@ -134,6 +146,15 @@ def test_wandb_offline_gets_config_summary_and_tables(tmp_path):
     assert tables["layers"]["columns"] == LAYER_COLUMNS
     assert tables["layers"]["data"] == layer_rows(REPORT)
     assert tables["report"]["data"] == [list(row) for row in REPORT.rows()]
+
+
+def test_wandb_gets_the_sensitivity_as_a_table(tmp_path):
+    logger = wandb_logger(project="test", save_dir=str(tmp_path))
+    row = LayerSensitivity(layer="conv", sqnr_db=math.inf, only=0.25, all_but=0.5)
+    log_sensitivity([logger], Sensitivity(rows=(row,), divergence=0.75))
+    close([logger])
+    (table,) = (json.loads(path.read_text()) for path in tmp_path.glob("wandb/*/files/media/table/sensitivity*.json"))
+    assert table["data"] == [["conv", None, 0.25, 0.5]]
 
 
 def test_each_run_gets_its_own(tmp_path):

@@ -226,10 +226,16 @@ def _fuse(module: nn.Module, plan: Plan) -> None:
         check_groups(module, plan.fuse)
         groups = list(plan.fuse)
     else:
-        groups = [group for group in find_groups(module) if not any(_stays_float(name, plan) for name in group)]
+        groups = [group for group in find_groups(module) if _is_fused(group, plan)]
     if groups:
         fuse: Any = fuse_modules if plan.observer is not None else fuse_modules_qat
         fuse(module, [list(group) for group in groups], inplace=True)
+
+
+def _is_fused(group: tuple[str, ...], plan: Plan) -> bool:
+    """Whether all of a group runs in int8, or its layer in float: BatchNorm and ReLU then do, too, where no training needs them apart."""
+    stays = [_stays_float(name, plan) for name in group]
+    return not any(stays) or (stays[0] and plan.observer is not None)
 
 
 def _stays_float(name: str, plan: Plan) -> bool:
