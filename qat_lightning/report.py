@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from qat_lightning.errors import shorten
 from qat_lightning.files import write_atomically
 
 Column: TypeAlias = Literal["float32", "fake_quant", "int8"]
@@ -103,7 +104,7 @@ class Fallback:
         time = "" if self.added_ms is None else f" and {self.added_ms:+.3f} ms"
         cost = f"{_show(self.added_bytes, '{:+.3f}', 1e-6)} MB{time}"
         verdict = "is met" if self.met else "is NOT MET, this is the best that was found"
-        return f"{', '.join(self.kept)}; {figures}, {self.int8:.4f} with these in float, which costs {cost}: {bound} {verdict}"
+        return f"{shorten(list(self.kept))}; {figures}, {self.int8:.4f} with these in float, which costs {cost}: {bound} {verdict}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,8 @@ from qat_lightning.deprecation import quiet
 from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.flows.base import with_parent
 from qat_lightning.flows.blame import line_of_error, line_of_node, short_message
+from qat_lightning.flows.clipping import free_clips, give_limits, take_clips
+from qat_lightning.flows.following import followers
 from qat_lightning.flows.torch_ao import (
     FollowingFakeQuantize,
     dynamic_qconfig,
@@ -68,10 +70,13 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
     with quiet():
         post_training = plan.observer is not None
         source = _specialise(module.train(not post_training), plan)
+        in_float = followers(source, plan)
+        clips = take_clips(source, plan) if free_clips(plan) else []
         if post_training:
             source = fuse_fx(source, fuse_custom_config=None)
         custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(module, plan))
-        prepared = prepare_qat_fx(source.train(), _static_mapping(plan), (torch.zeros(1),), prepare_custom_config=custom)
+        prepared = prepare_qat_fx(source.train(), _static_mapping(plan, in_float), (torch.zeros(1),), prepare_custom_config=custom)
+    give_limits(prepared, clips)
     _pass_ranges_through_dropout(prepared)
     _limit_inputs(prepared, plan)
     initialize(prepared)
@@ -174,14 +179,12 @@ def _explain_trace(error: Exception, module: nn.Module, path: str) -> str:
     )
 
 
-def _specialise(module: nn.Module, plan: Plan) -> nn.Module:
-    """Check that ``module`` can be traced and return it, or its graph where arguments of ``forward`` are constants."""
+def _specialise(module: nn.Module, plan: Plan) -> fx.GraphModule:
+    """Return the graph of ``module``, without the arguments of ``forward`` that are constants and without what computes nothing."""
     graph = trace(module, plan)
     if module.training:
         _refuse_training_branches(module, plan, graph)
     dropouts = [node for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]
-    if not plan.constants and not dropouts:
-        return module
     for node in list(graph.nodes):
         if node.op == "call_function" and getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none"):
             graph.erase_node(node)
@@ -192,7 +195,17 @@ def _specialise(module: nn.Module, plan: Plan) -> nn.Module:
     specialised = fx.GraphModule(module, graph)
     for node in dropouts:
         _modularise_dropout(specialised, node)
+    _drop_identities(specialised)
     return specialised
+
+
+def _drop_identities(module: fx.GraphModule) -> None:
+    """Remove modules that return their input: one between a convolution and its ReLU would keep them from being fused."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and type(module.get_submodule(node.target)) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.recompile()
 
 
 def _modularise_dropout(module: fx.GraphModule, node: fx.Node) -> None:
@@ -230,7 +243,7 @@ def _untraced(module: nn.Module, plan: Plan) -> list[str]:
 # --- configuration -----------------------------------------------------------------------------------------------------------
 
 
-def _static_mapping(plan: Plan) -> QConfigMapping:
+def _static_mapping(plan: Plan, in_float: Sequence[str]) -> QConfigMapping:
     default = static_qconfig(plan, plan_per_channel(plan))
     defaults = get_default_qat_qconfig_mapping("x86")
     mapping = QConfigMapping().set_global(default)
@@ -243,7 +256,7 @@ def _static_mapping(plan: Plan) -> QConfigMapping:
     for name, layer in plan.layers.items():
         if layer.per_channel != plan_per_channel(plan):
             mapping.set_module_name(name, static_qconfig(plan, layer.per_channel))
-    for name in plan.float_modules:
+    for name in (*plan.float_modules, *in_float):
         mapping.set_module_name(name, None) if name else mapping.set_global(None)
     return mapping
 
