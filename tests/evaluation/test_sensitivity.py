@@ -19,8 +19,9 @@ class Chain(nn.Module):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
-        self.a, self.relu1, self.b, self.relu2, self.c = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.a, self.relu1, self.b, self.relu2, self.c = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
 
     def forward(self, x):
         return self.c(self.relu2(self.b(self.relu1(self.a(x)))))

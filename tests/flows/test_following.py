@@ -12,8 +12,9 @@ class Activated(nn.Module):
 
     def __init__(self, activation, shared=False):
         super().__init__()
-        torch.manual_seed(0)
-        self.conv1, self.bn, self.conv2 = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv1, self.bn, self.conv2 = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
         self.activation, self.shared = activation, shared
 
     def forward(self, x):
