@@ -77,7 +77,7 @@ BLOCKS = st.tuples(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.lists(BLOCKS, min_size=1, max_size=4), st.sampled_from(EQUALIZATIONS), st.integers(0, 99))
 def test_the_function_stays(blocks, rule, seed):
     torch.manual_seed(seed)
@@ -131,9 +131,9 @@ def sqnr(net, reference, batches, **options):
 def test_a_badly_scaled_network_recovers(rule, per_channel):
     net, batches = badly_scaled(nn.ReLU)
     before, after = ranges(net, batches, [2, 5]), ranges(equalize(net, batches, rule), batches, [2, 5])
-    assert all(evenness(two) > 2 * evenness(one) for one, two in zip(before, after, strict=True))
+    assert all(evenness(two) > 1.3 * evenness(one) for one, two in zip(before, after, strict=True))
     lost = sqnr(net, net, batches, per_channel=per_channel)
-    assert sqnr(equalize(net, batches, rule), net, batches, per_channel=per_channel) > lost + 6
+    assert sqnr(equalize(net, batches, rule), net, batches, per_channel=per_channel) > lost + 10
 
 
 @RULES
@@ -287,3 +287,17 @@ def test_the_callback_equalizes_the_int8_copy(rule):
     expected, found = (one.eval()(Images().images).detach() for one in (module.net, callback.quantized_module.net))
     torch.testing.assert_close(found, expected, atol=0.1 * float(expected.abs().max()), rtol=0)
     assert not torch.equal(callback.quantized_module.net.fc.weight, module.net.fc.weight)
+
+
+@RULES
+def test_a_channel_that_is_nearly_dead_stays_small(rule):
+    net, batches = badly_scaled(nn.ReLU)
+    with torch.no_grad():
+        net[1].weight[3], net[1].bias[3] = 1e-20, 0.5
+    before, after = (ranges(one, batches, [2])[0] for one in (net, equalize(net, batches, rule, absorb=False)))
+    assert after[3] <= 1.01 * before.max()
+
+
+def test_inputs_without_a_batch_dimension():
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval(), torch.randn(4)
+    torch.testing.assert_close(equalize(net, [x])(x), net(x))

@@ -42,8 +42,9 @@ def equalize(
     Args:
         module: any module that torch.fx can trace; it is not changed.
         batches: inputs of the module, without labels: a tensor, a tuple of positional arguments or a mapping of keyword arguments each.
-        rule: ``"weights"`` gives each channel the same range of weights in front and behind (Nagel et al. 2019, equation 11),
-            ``"activations"`` gives the channels of a tensor the same range.
+        rule: ``"weights"`` gives each channel the same range of weights in front and behind (Nagel et al. 2019, equation 11), as far as
+            its values stay below the largest ones of other channels; for weights with one scale per tensor, or very uneven ones.
+            ``"activations"`` gives the channels of a tensor the same range; for weights with one scale per channel.
         absorb: take what a channel never falls below out of it, and into the bias behind (section 4.1.3 there, which puts
             ``beta - 3 gamma`` of BatchNorm in place of the minimum over the data).
         opaque: names of submodules that are left alone, such as those that cannot be traced.
@@ -97,7 +98,8 @@ class Equalizer:
         channels = _Channels(self._graph)
         if rule == "weights":
             for _ in range(ROUNDS):
-                channels.scale(channels.weight_scales())
+                # What a dead BatchNorm leaves of a channel would be blown up beyond all others.
+                channels.scale(channels.weight_scales().maximum(channels.activation_scales()))
         else:
             channels.scale(channels.activation_scales())
         if absorb:

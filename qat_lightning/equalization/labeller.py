@@ -63,7 +63,8 @@ class Labeller(fx.Interpreter):
             return value
         handler = HANDLERS.get(name)
         labels = handler(self, n, value) if handler is not None else None
-        if labels is None:
+        if labels is None or (isinstance(labels, Tensor) and labels.dim() == 0):
+            labels = None
             self._pin_inputs(n)
         self._labels[n] = labels
         return value
@@ -141,7 +142,7 @@ class Labeller(fx.Interpreter):
 
     def _rectify(self, node: fx.Node, value: Tensor) -> Tensor | None:
         labels = self._keep(node, value)
-        if labels is not None and labels.dim() > 1:
+        if labels is not None:
             self._watch(node, _source(node), self.classes.axis(labels), "rectify")
         return labels
 

@@ -60,7 +60,8 @@ class Site:
 
     def observe(self, value: Tensor) -> None:
         """Widen the range of each channel to that of ``value``."""
-        channels = value.detach().float().movedim(self.axis, 0).flatten(1)
+        channels = value.detach().float().movedim(self.axis, 0)
+        channels = channels.reshape(len(channels), -1)
         self.low = torch.minimum(self.low, channels.amin(1).cpu())
         self.high = torch.maximum(self.high, channels.amax(1).cpu())
 
@@ -104,7 +105,8 @@ class Classes:
 
     def vector(self, labels: Tensor, axis: int) -> Tensor:
         """Return one label for each place along an axis; those that differ along the other axes become one class."""
-        rows = _narrow(labels, keep=axis)[0].movedim(axis, 0).flatten(1)
+        rows = _narrow(labels, keep=axis)[0].movedim(axis, 0)
+        rows = rows.reshape(len(rows), -1)
         high = rows.amax(1)
         low = torch.where(rows == NOTHING, high.unsqueeze(1), rows).amin(1)
         for row in (high != low).nonzero().flatten().tolist():
