@@ -24,8 +24,9 @@ from qat_lightning.observers import apply_phase, check_ranges
 from qat_lightning.parity import merge
 from qat_lightning.plan import Call, Plan
 from qat_lightning.recipe import DynamicPTQ, EqualizationName, Recipe, StaticPTQ
+from qat_lightning.refinement import SAMPLES, refine_layers
 from qat_lightning.report import LayerParity, LayerReport, Measurement, Report
-from qat_lightning.running import clone, first_of_batch, to_cpu_float
+from qat_lightning.running import batch_size, clone, first_of_batch, to_cpu_float
 from qat_lightning.schedule import IDLE
 from qat_lightning.signature import describe
 from qat_lightning.targets import capture_calls
@@ -69,6 +70,7 @@ def rehearse(name: str, module: nn.Module, plan: Plan, call: Call | None = None)
         example = to_cpu_float(call)
         if plan.observer is not None:
             calibrate([rehearsed.eval()], [example], lambda one: one.run(rehearsed))
+            refine_layers(rehearsed, plan, [example], bias_correction=True, adaround=None, progress=False)
         else:
             check_ranges(rehearsed, f"module {name!r}")
         rehearsed = convert_planned(rehearsed, plan)
@@ -124,7 +126,7 @@ def quantize_copy(
     prepared = {name: _prepare_if_float(module.get_submodule(name), plan) for name, plan in plans.items()}
     for name, target in prepared.items():
         module.set_submodule(name, target.eval())
-    first = _First(batches, PARITY_BATCHES)
+    first = _First(batches, PARITY_BATCHES, SAMPLES if isinstance(recipe, StaticPTQ) else 0)
     if isinstance(recipe, StaticPTQ):
         limit = processes.part_of(recipe.calibration_batches)
         calibrate(prepared.values(), first, step, limit, progress=processes.rank == 0, processes=processes)
@@ -149,6 +151,9 @@ def _convert(
             apply_phase(target, IDLE)
             check_ranges(target, f"module {name!r}")
     calls = _captured(prepared, sample, step)
+    if isinstance(recipe, StaticPTQ):
+        for name, target in prepared.items():
+            refine_layers(target, plans[name], calls[name], recipe.bias_correction, recipe.adaround, progress=True)
     single = _captured(prepared, [first_of_batch(sample[0])] if sample else [], step)
     int8 = {name: convert_planned(copy.deepcopy(target), plans[name]) for name, target in prepared.items()}
     parity = None if isinstance(recipe, DynamicPTQ) or not compare else _parity(prepared, int8, plans, calls)
@@ -200,18 +205,22 @@ class _First:
 
     Args:
         source: the batches.
-        count: how many are kept.
+        count: how many are kept at least.
+        samples: how many samples are kept at least.
     """
 
-    def __init__(self, source: Iterable[Any], count: int) -> None:
+    def __init__(self, source: Iterable[Any], count: int, samples: int) -> None:
         self.source = source
         self.count = count
+        self.samples = samples
         self.kept: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
+        seen = 0
         for batch in self.source:
-            if len(self.kept) < self.count:
+            if len(self.kept) < self.count or seen < self.samples:
                 self.kept.append(batch)
+                seen += batch_size(batch)
             yield batch
 
     def batches(self) -> list[Any]:
@@ -240,7 +249,7 @@ def _parity(
     found: list[LayerParity] = []
     with torch.inference_mode():
         for name, plan in plans.items():
-            layers = get_flow(plan.flow).parity(prepared[name], int8[name], calls[name])
+            layers = get_flow(plan.flow).parity(prepared[name], int8[name], calls[name][:PARITY_BATCHES])
             found.extend(
                 LayerParity(layer=_full_name(name, entry.layer), max_steps=entry.max_steps, differing=entry.differing) for entry in layers
             )
