@@ -3,7 +3,8 @@
 from qat_lightning.artifact import load_quantized, save_quantized
 from qat_lightning.callback import QuantizationCallback
 from qat_lightning.checkpoint import adopt_checkpoints, load_float_weights
-from qat_lightning.core import calibrate, convert, measure_parity, prepare, quantize_dynamic
+from qat_lightning.core import calibrate, convert, measure_parity, prepare, quantize_dynamic, refine
+from qat_lightning.equalization import equalize
 from qat_lightning.errors import (
     ArtifactError,
     CalibrationError,
@@ -16,13 +17,14 @@ from qat_lightning.errors import (
 from qat_lightning.evaluation import Sensitivity, measure_sensitivity
 from qat_lightning.fallback import quantize_within
 from qat_lightning.plan import Call
-from qat_lightning.recipe import QAT, DynamicPTQ, LayerOverride, StaticPTQ, When
+from qat_lightning.recipe import QAT, AdaRound, DynamicPTQ, LayerOverride, StaticPTQ, When
 from qat_lightning.report import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "QAT",
+    "AdaRound",
     "ArtifactError",
     "CalibrationError",
     "Call",
@@ -41,6 +43,7 @@ __all__ = [
     "adopt_checkpoints",
     "calibrate",
     "convert",
+    "equalize",
     "load_float_weights",
     "load_quantized",
     "measure_parity",
@@ -48,5 +51,6 @@ __all__ = [
     "prepare",
     "quantize_dynamic",
     "quantize_within",
+    "refine",
     "save_quantized",
 ]

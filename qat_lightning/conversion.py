@@ -1,9 +1,10 @@
 """From a trained LightningModule to its int8 copy: rehearsed before training, carried out and measured after it."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from qat_lightning.backend import cpu_name
-from qat_lightning.calibration import calibrate
+from qat_lightning.calibration import calibrate, refuse_nan
 from qat_lightning.core import convert_planned, plan_of, prepare_planned, record_inputs
 from qat_lightning.distributed import ALONE, Processes, alone, fail_together
+from qat_lightning.equalization import Equalizer
 from qat_lightning.errors import QuantizationError, UnsupportedModelError
 from qat_lightning.evaluation import interleaved_medians, serialized_bytes
 from qat_lightning.flows import get_flow
@@ -21,14 +23,17 @@ from qat_lightning.flows.blame import line_of_error, module_of_error, short_mess
 from qat_lightning.observers import apply_phase, check_ranges
 from qat_lightning.parity import merge
 from qat_lightning.plan import Call, Plan
-from qat_lightning.recipe import DynamicPTQ, Recipe, StaticPTQ
+from qat_lightning.recipe import DynamicPTQ, EqualizationName, Recipe, StaticPTQ
+from qat_lightning.refinement import SAMPLES, refine_layers
 from qat_lightning.report import LayerParity, LayerReport, Measurement, Report
-from qat_lightning.running import clone, first_of_batch, to_cpu_float
+from qat_lightning.running import batch_size, clone, first_of_batch, to_cpu_float
 from qat_lightning.schedule import IDLE
 from qat_lightning.signature import describe
 from qat_lightning.targets import capture_calls
 
 PARITY_BATCHES = 2
+# Kept in memory, since batches may be readable once only: 256 inputs in batches of 32, as in Nagel et al. 2019.
+EQUALIZATION_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ def rehearse(name: str, module: nn.Module, plan: Plan, call: Call | None = None)
         example = to_cpu_float(call)
         if plan.observer is not None:
             calibrate([rehearsed.eval()], [example], lambda one: one.run(rehearsed))
+            refine_layers(rehearsed, plan, [example], bias_correction=True, adaround=None, progress=False)
         else:
             check_ranges(rehearsed, f"module {name!r}")
         rehearsed = convert_planned(rehearsed, plan)
@@ -110,53 +116,71 @@ def quantize_copy(
         CalibrationError: no data, or NaN in it.
         QuantizationError: another process has failed.
     """
-    prepared = prepare_targets(module, plans)
-    first = _First(batches, PARITY_BATCHES)
-    calibrate_targets(prepared, recipe, first, step, processes)
+    prepared, first = prepare_targets(module, plans, recipe, batches, step, processes)
     with fail_together(processes):
         sample = first.batches()
         with alone():
             return _convert(module, prepared, plans, recipe, sample, step, baseline, compare) if processes.rank == 0 else None
 
 
-def prepare_targets(module: nn.Module, plans: Mapping[str, Plan]) -> dict[str, nn.Module]:
-    """Prepare the targets of ``module`` that are float; returns all by name.
-
-    Args:
-        module: a copy of the trained module, on the CPU; it gets the prepared targets. One whose name is empty is the module itself.
-        plans: of its targets.
-    """
-    prepared = {name: _prepare_if_float(module.get_submodule(name), plan).eval() for name, plan in plans.items()}
-    for name, target in prepared.items():
-        if name:
-            module.set_submodule(name, target)
-    return prepared
-
-
-def calibrate_targets(
-    prepared: Mapping[str, nn.Module],
+def prepare_targets(
+    module: nn.Module,
+    plans: Mapping[str, Plan],
     recipe: Recipe,
     batches: Iterable[Any],
     step: Callable[[Any], Any],
     processes: Processes = ALONE,
     progress: bool = True,
-) -> None:
-    """Give prepared targets what a recipe takes from data: nothing but for static quantization, others have learnt or need none.
+) -> tuple[dict[str, nn.Module], "FirstBatches"]:
+    """Equalize, prepare and calibrate the targets of ``module``, as far as the recipe wants it and they are not prepared already.
 
     Args:
-        prepared: targets by name, in one module.
+        module: a copy of the trained module, on the CPU in eval mode; it gets the prepared targets.
+        plans: of its targets.
         recipe: what to do.
         batches: the part of this process.
-        step: runs one batch through the module.
+        step: runs one batch through ``module``.
         processes: of the run.
         progress: show a progress bar, on rank zero.
+
+    Returns:
+        the targets by name, and the batches, of which the first are kept.
 
     Raises:
         CalibrationError: no data, or NaN in it.
     """
+    if isinstance(recipe, StaticPTQ) and recipe.equalize is not None:
+        reader = iter(batches)
+        kept = list(islice(reader, min(EQUALIZATION_BATCHES, processes.part_of(recipe.calibration_batches))))
+        with fail_together(processes):
+            equalizers = _watched(module, plans, kept, step)
+        _equalize(equalizers, recipe.equalize, processes)
+        batches = chain(kept, reader)
+    prepared = {name: _prepare_if_float(module.get_submodule(name), plan) for name, plan in plans.items()}
+    for name, target in prepared.items():
+        module.set_submodule(name, target.eval())
+    first = FirstBatches(batches, PARITY_BATCHES, SAMPLES if isinstance(recipe, StaticPTQ) else 0)
     if isinstance(recipe, StaticPTQ):
         limit = processes.part_of(recipe.calibration_batches)
-        calibrate(prepared.values(), batches, step, limit, progress=progress and processes.rank == 0, processes=processes)
+        calibrate(prepared.values(), first, step, limit, progress=progress and processes.rank == 0, processes=processes)
+    return prepared, first
+
+
+def refine_targets(
+    prepared: Mapping[str, nn.Module], plans: Mapping[str, Plan], recipe: Recipe, calls: Mapping[str, Sequence[Call]], progress: bool = True
+) -> None:
+    """Refine the calibrated targets of a static quantization, as its recipe wants it; others are left alone.
+
+    Args:
+        prepared: targets by name, in eval mode.
+        plans: of the targets.
+        recipe: what to do.
+        calls: how each is called.
+        progress: show a progress bar.
+    """
+    if isinstance(recipe, StaticPTQ):
+        for name, target in prepared.items():
+            refine_layers(target, plans[name], calls[name], recipe.bias_correction, recipe.adaround, progress)
 
 
 def _convert(
@@ -174,6 +198,7 @@ def _convert(
             apply_phase(target, IDLE)
             check_ranges(target, f"module {name!r}")
     calls = captured(prepared, sample, step)
+    refine_targets(prepared, plans, recipe, calls)
     single = captured(prepared, [first_of_batch(sample[0])] if sample else [], step)
     int8 = {name: convert_planned(copy.deepcopy(target), plans[name]) for name, target in prepared.items()}
     parity = None if isinstance(recipe, DynamicPTQ) or not compare else _parity(prepared, int8, plans, calls)
@@ -196,23 +221,51 @@ def _convert(
     )
 
 
-class _First:
+def _watched(module: nn.Module, plans: Mapping[str, Plan], batches: Sequence[Any], step: Callable[[Any], Any]) -> dict[str, Equalizer]:
+    """Return an equalizer of each target that has seen the batches."""
+    targets = {name: module.get_submodule(name) for name in plans}
+    equalizers: dict[str, Equalizer] = {}
+    for index, batch in enumerate(batches):
+        refuse_nan(batch, index)
+        with alone():
+            calls = captured(targets, [batch], step, limit=sys.maxsize)
+        for name, call in ((name, call) for name, those in calls.items() for call in those):
+            if name not in equalizers:
+                opaque = [
+                    path for path in plans[name].float_modules if path and any(True for _ in targets[name].get_submodule(path).children())
+                ]
+                equalizers[name] = Equalizer(targets[name], call, opaque)
+            equalizers[name].observe(call)
+    return equalizers
+
+
+def _equalize(equalizers: Mapping[str, Equalizer], rule: EqualizationName, processes: Processes) -> None:
+    for equalizer in equalizers.values():
+        equalizer.merge(processes)
+        equalizer.apply(rule)
+
+
+class FirstBatches:
     """Batches that can be read once, of which the first few are kept.
 
     Args:
         source: the batches.
-        count: how many are kept.
+        count: how many are kept at least.
+        samples: how many samples are kept at least.
     """
 
-    def __init__(self, source: Iterable[Any], count: int) -> None:
+    def __init__(self, source: Iterable[Any], count: int, samples: int) -> None:
         self.source = source
         self.count = count
+        self.samples = samples
         self.kept: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
+        seen = 0
         for batch in self.source:
-            if len(self.kept) < self.count:
+            if len(self.kept) < self.count or seen < self.samples:
                 self.kept.append(batch)
+                seen += batch_size(batch)
             yield batch
 
     def batches(self) -> list[Any]:
@@ -224,15 +277,17 @@ def _prepare_if_float(module: nn.Module, plan: Plan) -> nn.Module:
     return module if plan.recipe == DynamicPTQ.name or plan_of(module) is not None else prepare_planned(module, plan)
 
 
-def captured(targets: Mapping[str, nn.Module], batches: Sequence[Any], step: Callable[[Any], Any]) -> dict[str, list[Call]]:
-    """Return the first calls that the targets receive while ``step`` runs the batches, as many as there are batches."""
+def captured(
+    targets: Mapping[str, nn.Module], batches: Sequence[Any], step: Callable[[Any], Any], limit: int | None = None
+) -> dict[str, list[Call]]:
+    """Return the first calls that the targets receive while ``step`` runs the batches: ``limit``, or as many as there are batches."""
 
     def run() -> None:
         with torch.inference_mode():
             for batch in batches:
                 step(batch)
 
-    return capture_calls(targets, run, limit=max(len(batches), 1))
+    return capture_calls(targets, run, limit=limit or max(len(batches), 1))
 
 
 def _parity(
@@ -241,7 +296,7 @@ def _parity(
     found: list[LayerParity] = []
     with torch.inference_mode():
         for name, plan in plans.items():
-            layers = get_flow(plan.flow).parity(prepared[name], int8[name], calls[name])
+            layers = get_flow(plan.flow).parity(prepared[name], int8[name], calls[name][:PARITY_BATCHES])
             found.extend(
                 LayerParity(layer=full_name(name, entry.layer), max_steps=entry.max_steps, differing=entry.differing) for entry in layers
             )

@@ -1,8 +1,8 @@
 """Keeps the fewest layers in float with which an int8 model is accurate enough.
 
 Layers are ranked by what each alone, in int8, does to the outputs; the search of :mod:`qat_lightning.search` then tries sets of them. Each
-trial is a real int8 model: prepared, calibrated and converted from the float model with the same batches, and measured on data that the
-caller chooses, which should be neither test nor calibration data.
+trial is a real int8 model: equalized, prepared, calibrated, refined and converted from the float model with the same batches, as the
+recipe wants it (learned rounding takes its time in each), and measured on data that the caller chooses, neither test nor calibration data.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from qat_lightning.compilation import uncompiled_copy
-from qat_lightning.conversion import calibrate_targets, captured, latency, prepare_targets
+from qat_lightning.conversion import captured, latency, prepare_targets, refine_targets
 from qat_lightning.core import as_call, convert_planned, require_layers
 from qat_lightning.errors import CalibrationError, ConfigurationError
 from qat_lightning.evaluation import serialized_bytes
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 RANKING_BATCHES = 2
 # Metrics are means in single precision: 0.98 - 0.975 is a little more than 0.005.
 TOLERANCE = 1e-6
+
+_ONLY_CHILD = "module"
 
 Step = Callable[[nn.Module, Any], Any]
 Score = Callable[[nn.Module], float]
@@ -56,34 +58,41 @@ class Trials:
 
     Args:
         module: float, on the CPU in eval mode; it is not changed.
-        plans: of its targets; an empty name is the module itself.
+        plans: of its targets.
         recipe: :class:`StaticPTQ` or :class:`DynamicPTQ`.
         batches: for calibration and for the ranking.
         step: runs one batch through a module that has the structure of ``module``.
+        prefix: what the names of layers are given without.
     """
 
-    def __init__(self, module: nn.Module, plans: Mapping[str, Plan], recipe: Recipe, batches: Sequence[Any], step: Step) -> None:
+    def __init__(
+        self, module: nn.Module, plans: Mapping[str, Plan], recipe: Recipe, batches: Sequence[Any], step: Step, prefix: str = ""
+    ) -> None:
         self.module = module
         self.plans = plans
         self.recipe = recipe
         self.batches = batches
         self.step = step
-        self.layers = tuple(_full(target, layer) for target, plan in plans.items() for layer in plan.layers)
+        self.prefix = prefix
+        self.layers = tuple(self._name(target, layer) for target, plan in plans.items() for layer in plan.layers)
 
     def plans_with(self, kept: Iterable[str]) -> dict[str, Plan]:
         """Return the plans with these layers in float; a target without any other stays as it is."""
         chosen = set(kept)
-        plans = {
-            target: plan.keep_float(layer for layer in plan.layers if _full(target, layer) in chosen) for target, plan in self.plans.items()
-        }
+        plans = {}
+        for target, plan in self.plans.items():
+            plans[target] = plan.keep_float(layer for layer in plan.layers if self._name(target, layer) in chosen)
         return {target: plan for target, plan in plans.items() if plan.layers}
 
     def int8(self, kept: Iterable[str]) -> nn.Module:
         """Return the int8 module with these layers in float."""
         plans = self.plans_with(kept)
-        root, prepared = self._prepared(plans)
+        root, prepared, sample = self._prepared(plans)
+        if isinstance(self.recipe, StaticPTQ):
+            calls = captured(prepared, sample, lambda batch: self.step(root, batch))
+            refine_targets(prepared, plans, self.recipe, calls, progress=False)
         for target, module in prepared.items():
-            root = _swap(root, target, convert_planned(module, plans[target]))
+            root.set_submodule(target, convert_planned(module, plans[target]))
         return root
 
     def rank(self) -> tuple[str, ...]:
@@ -93,8 +102,8 @@ class Trials:
             distance = self.distance(batches)
             harm = {layer: distance(self.int8(other for other in self.layers if other != layer)) for layer in self.layers}
             return tuple(sorted(self.layers, key=lambda layer: harm[layer], reverse=True))
-        root, prepared = self._prepared(self.plans)
-        ranked = rank_layers(prepared, batches, lambda batch: self.step(root, batch), progress=True)
+        root, prepared, _ = self._prepared(self.plans)
+        ranked = [name.removeprefix(self.prefix) for name in rank_layers(prepared, batches, lambda batch: self.step(root, batch), True)]
         return (*(name for name in ranked if name in self.layers), *(name for name in self.layers if name not in ranked))
 
     def distance(self, batches: Sequence[Any]) -> Score:
@@ -115,12 +124,13 @@ class Trials:
         before, after = latency(both[0], both[1], calls)
         return None if before is None or after is None else after - before
 
-    def _prepared(self, plans: Mapping[str, Plan]) -> tuple[nn.Module, dict[str, nn.Module]]:
+    def _prepared(self, plans: Mapping[str, Plan]) -> tuple[nn.Module, dict[str, nn.Module], list[Any]]:
         root = clone(self.module)
-        prepared = prepare_targets(root, plans)
-        root = prepared.get("", root)
-        calibrate_targets(prepared, self.recipe, self.batches, lambda batch: self.step(root, batch), progress=False)
-        return root, prepared
+        prepared, first = prepare_targets(root, plans, self.recipe, self.batches, lambda batch: self.step(root, batch), progress=False)
+        return root, prepared, first.batches()
+
+    def _name(self, target: str, layer: str) -> str:
+        return f"{target}.{layer}".strip(".").removeprefix(self.prefix)
 
 
 def fall_back(trials: Trials, score: Score, metric: str, max_drop: float) -> Choice:
@@ -188,25 +198,23 @@ def quantize_within(
     module = uncompiled_copy(module).cpu().eval()
     check_overrides(recipe, {"": module})
     check_fuse(recipe, {"": module})
-    plans = {"": make_plan(module, recipe)}
+    plans = {_ONLY_CHILD: make_plan(module, recipe)}
     require_layers(plans)
     limit = recipe.calibration_batches if isinstance(recipe, StaticPTQ) else RANKING_BATCHES
-    trials = Trials(module, plans, recipe, list(islice(batches, limit)), lambda target, batch: as_call(batch).run(target))
-    choice = fall_back(trials, score, metric, recipe.max_accuracy_drop)
-    return choice.int8, choice.fallback
+    root = nn.Module()
+    root.add_module(_ONLY_CHILD, module)
+    trials = Trials(
+        module=root,
+        plans=plans,
+        recipe=recipe,
+        batches=list(islice(batches, limit)),
+        step=lambda parent, batch: as_call(batch).run(parent.get_submodule(_ONLY_CHILD)),
+        prefix=f"{_ONLY_CHILD}.",
+    )
+    choice = fall_back(trials, lambda parent: score(parent.get_submodule(_ONLY_CHILD)), metric, recipe.max_accuracy_drop)
+    return choice.int8.get_submodule(_ONLY_CHILD), choice.fallback
 
 
 def max_drop_of(recipe: Recipe) -> float | None:
     """Return the bound of a recipe; None where it has none."""
     return recipe.max_accuracy_drop if isinstance(recipe, StaticPTQ | DynamicPTQ) else None
-
-
-def _full(target: str, layer: str) -> str:
-    return f"{target}.{layer}".strip(".")
-
-
-def _swap(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    if not name:
-        return module
-    root.set_submodule(name, module)
-    return root

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from qat_lightning.conversion import calibrate_targets, prepare_targets
+from qat_lightning.conversion import prepare_targets
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.evaluation.sensitivity import Sensitivity, measure
 from qat_lightning.fallback import Choice, Score, Step, Trials, fall_back
@@ -35,7 +35,7 @@ def sensitivity_of(
     validation: Validation | None,
     metric: str | None,
 ) -> Sensitivity:
-    """Measure the sensitivity of the layers of a LightningModule.
+    """Measure the sensitivity of the layers of a LightningModule, as they are before bias correction and learned rounding.
 
     Args:
         copied: a copy of the trained module, on the CPU in eval mode; it is used up.
@@ -52,9 +52,8 @@ def sensitivity_of(
     """
     if isinstance(recipe, DynamicPTQ):
         raise ConfigurationError("Sensitivity is measured with fake-quant, which dynamic quantization has not: use StaticPTQ or QAT.")
-    prepared = prepare_targets(copied, plans)
     kept = list(islice(batches, recipe.calibration_batches if isinstance(recipe, StaticPTQ) else SENSITIVITY_BATCHES))
-    calibrate_targets(prepared, recipe, kept, lambda batch: step(copied, batch))
+    prepared, _ = prepare_targets(copied, plans, recipe, kept, lambda batch: step(copied, batch))
     for name, target in prepared.items():
         apply_phase(target, IDLE)
         check_ranges(target, f"module {name!r}")

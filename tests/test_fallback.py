@@ -18,6 +18,7 @@ from qat_lightning import (
     load_quantized,
     prepare,
     quantize_within,
+    refine,
     save_quantized,
 )
 from qat_lightning.report import Fallback
@@ -144,7 +145,8 @@ def test_function_on_modules(flow):
     score = agreement(net, torch.cat(inputs(net, 20)))
     int8, found = quantize_within(net, StaticPTQ(flow=flow, max_accuracy_drop=BOUND), inputs(net), score, "top-1")
     assert (found.kept, found.metric, found.int8) == (("b",), "top-1", score(int8))
-    by_hand = convert(calibrate(prepare(net, StaticPTQ(flow=flow, overrides={"b": None})), inputs(net)))
+    calibrated = calibrate(prepare(net, StaticPTQ(flow=flow, overrides={"b": None})), inputs(net))
+    by_hand = convert(refine(calibrated, inputs(net)))
     assert torch.equal(int8(inputs(net)[0]), by_hand(inputs(net)[0]))
 
 

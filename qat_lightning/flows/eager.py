@@ -45,14 +45,16 @@ from qat_lightning.flows.torch_ao import (
     reference_of,
     static_qconfig,
 )
+from qat_lightning.flows.walking import walk_modules
 from qat_lightning.fusion import Group, check_groups, find_groups
+from qat_lightning.layerwise import Visit
 from qat_lightning.models.layers import Add
 from qat_lightning.observers import fake_quants
 from qat_lightning.parity import Reference, compare
 from qat_lightning.plan import Call, Plan
 from qat_lightning.report import LayerParity, LayerReport
 
-__all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic"]
+__all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic", "walk"]
 
 # torch.ao would swap them, but has no fake-quant for their weights: training and parity would not see their rounding.
 FLOAT_TYPES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, *RECURRENT, *TRANSPOSED)
@@ -143,6 +145,11 @@ def parity(prepared: nn.Module, int8: nn.Module, calls: Sequence[Call]) -> list[
         references = _record(prepared, call)
         found.extend(_follow(int8, call, references))
     return found
+
+
+def walk(prepared: nn.Module, calls: Sequence[Call], visit: Visit, progress: bool) -> None:
+    """Visit the layers in the order in which they run; see :class:`qat_lightning.flows.base.Flow`."""
+    walk_modules(prepared, calls, visit, progress)
 
 
 # --- what eager mode cannot run ----------------------------------------------------------------------------------------------

@@ -39,12 +39,14 @@ from qat_lightning.flows.torch_ao import (
     reference_of,
     static_qconfig,
 )
+from qat_lightning.flows.walking import walk_graph
+from qat_lightning.layerwise import Visit
 from qat_lightning.modes import evaluating
 from qat_lightning.parity import Reference, compare
 from qat_lightning.plan import Call, Plan
 from qat_lightning.report import LayerParity, LayerReport
 
-__all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic"]
+__all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic", "walk"]
 
 # Their weights have no fake-quant in torch.ao, so that training and parity would not see their rounding.
 FLOAT_TYPES: tuple[Any, ...] = (
@@ -137,6 +139,13 @@ def parity(prepared: nn.Module, int8: nn.Module, calls: Sequence[Call]) -> list[
         follower.run(*inputs)
         found.extend(follower.layers)
     return found
+
+
+def walk(prepared: nn.Module, calls: Sequence[Call], visit: Visit, progress: bool) -> None:
+    """Visit the layers in the order of the graph; see :class:`qat_lightning.flows.base.Flow`."""
+    assert isinstance(prepared, fx.GraphModule)
+    surface = _Surface.found_on(prepared)
+    walk_graph(prepared, [surface.positional(call.args, call.kwargs) for call in calls], visit, progress)
 
 
 # --- tracing -----------------------------------------------------------------------------------------------------------------
