@@ -17,6 +17,7 @@ from qat_lightning.recipe import DynamicPTQ, Recipe, parse_recipe
 from qat_lightning.report import LayerParity
 from qat_lightning.signature import Signature, widen
 from qat_lightning.state import PreparedState, tensor_names
+from qat_lightning.suitability import adapt
 from qat_lightning.zero_scales import lift_zero_scales
 
 _PREPARED = "prepared"
@@ -135,6 +136,7 @@ def as_call(batch: Any) -> Call:
 def prepare_planned(module: nn.Module, plan: Plan) -> nn.Module:
     """Prepare by a plan; the module is used up and its parameters live on in the result."""
     before = tensor_names(module)
+    adapt(module)
     with torch.random.fork_rng(devices=[]):  # torch.ao draws initial weights for layers it then gives the user's weights
         prepared = get_flow(plan.flow).prepare(module, plan)
     lift_zero_scales(prepared)

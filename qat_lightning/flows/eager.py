@@ -34,6 +34,7 @@ from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.flows.base import Parent, with_parent
 from qat_lightning.flows.blame import line_of_node
 from qat_lightning.flows.torch_ao import (
+    STATELESS_TYPES,
     dynamic_qconfig,
     initialize,
     layer_reports,
@@ -54,7 +55,7 @@ from qat_lightning.report import LayerParity, LayerReport
 __all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic"]
 
 # torch.ao would swap them, but has no fake-quant for their weights: training and parity would not see their rounding.
-FLOAT_TYPES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, *RECURRENT, *TRANSPOSED)
+FLOAT_TYPES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, *RECURRENT, *TRANSPOSED, *STATELESS_TYPES)
 # Layers that move or select values without computing new ones: on int8 they return what fake-quant returned.
 EXACT_TYPES: tuple[type[nn.Module], ...] = (
     *(nn.ReLU, nn.Identity, nn.Flatten, nn.Unflatten),
@@ -251,7 +252,7 @@ def _add_stubs(module: nn.Module, plan: Plan) -> None:
     for name, child in list(module.named_modules()):
         if name and _runs_in_float(name, child, plan):
             vars(child)["qconfig"] = None
-            if isinstance(child, nn.Sequential):
+            if isinstance(child, nn.Sequential | nn.Softmax):  # torch looks for no stub inside a Softmax
                 child = Parent(child)
                 vars(child)["qconfig"] = None
                 module.set_submodule(name, child)
@@ -270,8 +271,8 @@ def _runs_in_float(name: str, child: nn.Module, plan: Plan) -> bool:
         return True
     is_layer = next(child.children(), None) is None
     swapped = {*get_default_static_quant_module_mappings(), *DEFAULT_MODULE_TO_ACT_POST_PROCESS}
-    # torch's int8 ReLU6 keeps the grid of its input, whatever range training has given its output.
-    swapped.discard(nn.ReLU6)
+    # torch's int8 ReLU6 keeps the grid of its input, whatever range training has given its output; Softmax has no int8 kernel.
+    swapped -= {nn.ReLU6, nn.Softmax}
     return is_layer and type(child) not in EXACT_TYPES and type(child) not in swapped
 
 

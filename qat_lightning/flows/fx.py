@@ -3,6 +3,7 @@
 import inspect
 import operator
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch.ao.quantization import (
     get_default_qat_qconfig_mapping,
 )
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
+from torch.ao.quantization.fx.fuse import fuse
 from torch.ao.quantization.fx.tracer import QuantizationTracer
-from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx, prepare_qat_fx
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -24,7 +26,9 @@ from qat_lightning.deprecation import quiet
 from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.flows.base import with_parent
 from qat_lightning.flows.blame import line_of_error, line_of_node, short_message
+from qat_lightning.flows.sharing import original, unshare, with_copies
 from qat_lightning.flows.torch_ao import (
+    STATELESS_TYPES,
     FollowingFakeQuantize,
     dynamic_qconfig,
     initialize,
@@ -51,6 +55,7 @@ FLOAT_TYPES: tuple[Any, ...] = (
     nn.MultiheadAttention,
     *RECURRENT,
     *TRANSPOSED,
+    *STATELESS_TYPES,
     F.conv_transpose1d,
     F.conv_transpose2d,
     F.conv_transpose3d,
@@ -68,11 +73,12 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
     with quiet():
         post_training = plan.observer is not None
         source = _specialise(module.train(not post_training), plan)
+        copied = with_copies(plan, source)
         if post_training:
-            source = fuse_fx(source, fuse_custom_config=None)
-        custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(module, plan))
-        prepared = prepare_qat_fx(source.train(), _static_mapping(plan), (torch.zeros(1),), prepare_custom_config=custom)
-    _pass_ranges_through_dropout(prepared)
+            source = fuse(source, is_qat=False)
+        custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(copied))
+        prepared = prepare_qat_fx(source.train(), _static_mapping(copied), (torch.zeros(1),), prepare_custom_config=custom)
+    _pass_ranges_on(prepared)
     _limit_inputs(prepared, plan)
     initialize(prepared)
     _Surface.of(module, plan).attach(prepared)
@@ -83,7 +89,7 @@ def convert(prepared: nn.Module, plan: Plan) -> nn.Module:
     """Return the int8 graph; see :class:`qat_lightning.flows.base.Flow`."""
     assert isinstance(prepared, fx.GraphModule)
     surface = _Surface.found_on(prepared)
-    with quiet(), engine(plan.backend):
+    with quiet(), engine(plan.backend), _masked(prepared, plan):
         int8 = convert_fx(prepared.eval())
     pack(int8, plan)
     surface.attach(int8)
@@ -95,11 +101,12 @@ def quantize_dynamic(module: nn.Module, plan: Plan) -> nn.Module:
     if "" in plan.layers:
         module, plan = with_parent(module, plan)
     mapping = QConfigMapping()
-    for name, layer in plan.layers.items():
-        mapping.set_module_name(name, dynamic_qconfig(layer))
     with quiet(), engine(plan.backend):
         source = _specialise(module.eval(), plan)
-        custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(module, plan))
+        copied = with_copies(plan, source)
+        for name, layer in copied.layers.items():
+            mapping.set_module_name(name, dynamic_qconfig(layer))
+        custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(copied))
         int8 = convert_fx(prepare_fx(source, mapping, (torch.zeros(1),), prepare_custom_config=custom))
     pack(int8, plan)
     _Surface.of(module, plan).attach(int8)
@@ -156,7 +163,7 @@ def trace(module: nn.Module, plan: Plan) -> fx.Graph:
     Raises:
         UnsupportedModelError: names the submodule and the line that cannot be traced.
     """
-    tracer = _Tracer(_untraced(module, plan), [])
+    tracer = _Tracer(_untraced(plan), [])
     tracer.record_stack_traces = True
     constants = {name: inspect.signature(module.forward).parameters[name].default for name in plan.constants}
     try:
@@ -174,14 +181,21 @@ def _explain_trace(error: Exception, module: nn.Module, path: str) -> str:
     )
 
 
-def _specialise(module: nn.Module, plan: Plan) -> nn.Module:
-    """Check that ``module`` can be traced and return it, or its graph where arguments of ``forward`` are constants."""
+def _specialise(module: nn.Module, plan: Plan) -> fx.GraphModule:
+    """Return the graph of ``module``, arguments that are constants and layers that are shared taken care of."""
     graph = trace(module, plan)
     if module.training:
         _refuse_training_branches(module, plan, graph)
-    dropouts = [node for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]
-    if not plan.constants and not dropouts:
-        return module
+    if plan.constants:
+        _erase_constants(graph, plan)
+    specialised = fx.GraphModule(module, graph)
+    for node in [node for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]:
+        _modularise_dropout(specialised, node)
+    unshare(specialised)
+    return specialised
+
+
+def _erase_constants(graph: fx.Graph, plan: Plan) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none"):
             graph.erase_node(node)
@@ -189,10 +203,6 @@ def _specialise(module: nn.Module, plan: Plan) -> nn.Module:
         name = next((name for name in plan.constants if node.target.rpartition("_")[0] == name), None)
         if name is not None and not node.users:
             graph.erase_node(node)
-    specialised = fx.GraphModule(module, graph)
-    for node in dropouts:
-        _modularise_dropout(specialised, node)
-    return specialised
 
 
 def _modularise_dropout(module: fx.GraphModule, node: fx.Node) -> None:
@@ -222,9 +232,9 @@ def _refuse_training_branches(module: nn.Module, plan: Plan, training_graph: fx.
             )
 
 
-def _untraced(module: nn.Module, plan: Plan) -> list[str]:
-    """Return the containers that stay float: they are called as they are and need not be traceable."""
-    return [name for name in plan.float_modules if name and any(True for _ in module.get_submodule(name).children())]
+def _untraced(plan: Plan) -> list[str]:
+    """Return the modules that stay float: they are called as they are and need not be traceable."""
+    return [name for name in plan.float_modules if name]
 
 
 # --- configuration -----------------------------------------------------------------------------------------------------------
@@ -248,6 +258,19 @@ def _static_mapping(plan: Plan) -> QConfigMapping:
     return mapping
 
 
+@contextmanager
+def _masked(prepared: nn.Module, plan: Plan) -> Iterator[None]:
+    """Give modules that stay float another type for the time of the block: torch swaps some types whatever their qconfig."""
+    staying = [child for name, child in prepared.named_modules() if original(name) in plan.float_modules or type(child) in STATELESS_TYPES]
+    for child in staying:
+        child.__class__ = type(type(child).__name__, (type(child),), {})
+    try:
+        yield
+    finally:
+        for child in staying:
+            child.__class__ = type(child).__bases__[0]
+
+
 def _is_fixed(constructor: Any) -> bool:
     """Whether the qconfig is for an operation whose output range is known, such as sigmoid."""
     return isinstance(constructor(), FixedQParamsFakeQuantize) if callable(constructor) else False
@@ -256,17 +279,24 @@ def _is_fixed(constructor: Any) -> bool:
 # --- after prepare -----------------------------------------------------------------------------------------------------------
 
 
-def _pass_ranges_through_dropout(prepared: fx.GraphModule) -> None:
+def _pass_ranges_on(prepared: fx.GraphModule) -> None:
+    """Let fake-quant follow the one before where int8 rounds nothing: behind dropout, and a product with a number, which scales a grid."""
     for node in prepared.graph.nodes:
-        if node.op != "call_module" or not isinstance(prepared.get_submodule(node.target), _DropoutNd):
-            continue
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or source.op != "call_module":
+        source, factor = node.args[0] if node.args else None, _factor(prepared, node)
+        if factor == 0 or not isinstance(source, fx.Node) or source.op != "call_module":
             continue
         before = prepared.get_submodule(str(source.target))
         for user in node.users:
             if isinstance(before, FakeQuantizeBase) and user.op == "call_module" and _is_fake_quant(prepared, user):
-                prepared.set_submodule(str(user.target), FollowingFakeQuantize(before))
+                prepared.set_submodule(str(user.target), FollowingFakeQuantize(before, factor))
+
+
+def _factor(prepared: fx.GraphModule, node: fx.Node) -> float:
+    """Return the number that the node multiplies its first argument by, in evaluation; 0 where it does something else."""
+    if node.op == "call_module":
+        return 1.0 if isinstance(prepared.get_submodule(str(node.target)), _DropoutNd) else 0.0
+    factor = node.args[1] if node.target in (operator.mul, operator.imul, torch.mul) and len(node.args) == 2 else 0.0
+    return float(factor) if isinstance(factor, int | float) else 0.0
 
 
 def _is_fake_quant(prepared: fx.GraphModule, node: fx.Node) -> bool:

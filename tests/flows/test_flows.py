@@ -283,3 +283,19 @@ def test_relu6_behind_a_wide_convolution_has_the_grid_it_was_given(flow):
         net[0].weight.copy_(30 * torch.randn(8, 1, 3, 3, generator=torch.Generator().manual_seed(0)))
     prepared, int8 = quantize(net, StaticPTQ(flow=flow), Call((IMAGES,), {}))
     assert max(layer.max_steps for layer in measure_parity(prepared, int8, [IMAGES])) <= 1
+
+
+@pytest.mark.parametrize("kind", [QAT, StaticPTQ])
+@pytest.mark.parametrize("factor", [4, 0.3, -2.0, 0])
+def test_a_product_with_a_number_is_exact(factor, kind):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.fc(torch.maximum(x, x * factor) * factor)
+
+    prepared, int8 = quantize(Scaled(), kind(), Call((IMAGES,), {}))
+    assert max(layer.max_steps for layer in measure_parity(prepared, int8, [IMAGES])) <= 1

@@ -1,0 +1,111 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from qat_lightning import QAT, ConfigurationError, StaticPTQ, calibrate, convert, load_quantized, measure_parity, prepare, save_quantized
+from qat_lightning.observers import apply_phase
+from qat_lightning.schedule import IDLE, Phase
+
+IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+FLOWS = pytest.mark.parametrize("flow", ["fx", "eager"])
+
+LAYERS = {
+    "PReLU": nn.PReLU,
+    "PReLU of channels": lambda: nn.PReLU(8),
+    "ELU": nn.ELU,
+    "LeakyReLU": nn.LeakyReLU,
+    "Hardswish": nn.Hardswish,
+    "Sigmoid": nn.Sigmoid,
+    "Softmax": lambda: nn.Softmax(1),
+    "GroupNorm": lambda: nn.GroupNorm(2, 8),
+    "InstanceNorm": lambda: nn.InstanceNorm2d(8, affine=True),
+    "BatchNorm without scale and shift": lambda: nn.BatchNorm2d(8, affine=False),
+    "same padding": lambda: nn.Conv2d(8, 8, 3, padding="same", dilation=2),
+    "valid padding": lambda: nn.Conv2d(8, 8, 3, padding="valid"),
+    "reflected padding": lambda: nn.Conv2d(8, 8, 3, padding="same", padding_mode="reflect"),
+}
+
+
+class Around(nn.Module):
+    """A layer between a convolution and a linear layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.conv, self.layer, self.pool, self.fc = nn.Conv2d(1, 8, 3, padding=1), layer, nn.AdaptiveAvgPool2d(2), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.fc(torch.flatten(self.pool(self.layer(self.conv(x))), 1))
+
+
+def trained(net, recipe):
+    prepared = prepare(net, recipe).train()
+    apply_phase(prepared, Phase(fake_quant=True, observers=True, bn_frozen=False))
+    for _ in range(2):
+        prepared(IMAGES)
+    apply_phase(prepared.eval(), IDLE)
+    return prepared
+
+
+@FLOWS
+@pytest.mark.parametrize("recipe", [QAT, StaticPTQ])
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_layers_of_torch_are_simulated_converted_and_loaded(layer, recipe, flow, tmp_path):
+    net = Around(layer()).eval()
+    recipe = recipe(flow=flow)
+    prepared = trained(net, recipe) if isinstance(recipe, QAT) else calibrate(prepare(net, recipe), [IMAGES])
+    int8 = convert(prepared)
+    assert max(entry.max_steps for entry in measure_parity(prepared, int8, [IMAGES])) <= 1
+    with torch.no_grad():
+        expected = int8(IMAGES)
+        assert torch.equal(load_quantized(save_quantized(int8, tmp_path / "int8"), Around(layer()))(IMAGES), expected)
+        if isinstance(recipe, StaticPTQ):
+            assert (expected - net(IMAGES)).abs().max() < 0.1 * net(IMAGES).abs().max()
+
+
+@FLOWS
+def test_what_was_added_to_batch_norm_stays_out_of_training(flow):
+    net = Around(nn.BatchNorm2d(8, affine=False))
+    prepared = prepare(net, QAT(flow=flow))
+    assert sum(p.numel() for p in prepared.parameters() if p.requires_grad) == sum(p.numel() for p in net.parameters())
+    prepared.load_state_dict(net.state_dict())  # the names of the float network still fit
+
+
+REFUSED = {
+    "circular padding": (lambda: nn.Conv2d(8, 8, 3, padding_mode="circular"), r"'layer' has padding_mode='circular'.*'layer': None"),
+    "uneven padding": (lambda: nn.Conv2d(8, 8, 4, padding="same"), r"'layer' has padding='same' with kernel size \(4, 4\)"),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Conv2d(8, 8, 1)), r"weight of 'layer' is computed from \['original0'"),
+    "no running statistics": (lambda: nn.BatchNorm2d(8, track_running_stats=False), "'layer' is a BatchNorm2d with track_running_stats"),
+}
+
+
+@FLOWS
+@pytest.mark.parametrize(("layer", "message"), REFUSED.values(), ids=REFUSED)
+def test_layers_that_cannot_be_quantized_are_named(layer, message, flow):
+    with pytest.raises(ConfigurationError, match=message):
+        prepare(Around(layer()), QAT(flow=flow))
+
+
+@FLOWS
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", ["circular padding", "uneven padding"])
+def test_they_may_stay_float(name, flow):
+    net = Around(REFUSED[name][0]()).eval()
+    prepared = calibrate(prepare(net, StaticPTQ(flow=flow, overrides={"layer": None})), [IMAGES])
+    assert max(entry.max_steps for entry in measure_parity(prepared, convert(prepared), [IMAGES])) <= 1
+
+
+class Swish(nn.Module):
+    def forward(self, x):
+        return nn.functional.hardswish(x)
+
+
+@FLOWS
+@pytest.mark.parametrize("layer", [nn.Hardswish, nn.LeakyReLU, lambda: nn.LayerNorm([8, 8, 8]), Swish])
+def test_a_module_without_weights_that_is_to_stay_float_does(layer, flow):
+    prepared = calibrate(prepare(Around(layer()).eval(), StaticPTQ(flow=flow, overrides={"layer": None})), [IMAGES])
+    int8, seen = convert(prepared), []
+    assert type(int8.layer) is type(layer())
+    int8.layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    int8(IMAGES)
+    assert len(seen) == 1 and not seen[0].is_quantized
