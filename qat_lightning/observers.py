@@ -109,8 +109,8 @@ def check_ranges(module: nn.Module, name: str) -> None:
         assert isinstance(high, Tensor)
         if getattr(child, "saw_no_number", False):
             broken.append(path)
-        elif low.numel() == 0 or (torch.isinf(low).all() and (low > high).all()):
-            empty.append(path)
+        elif _is_empty(low, high):
+            empty += [] if getattr(child, "may_stay_empty", False) else [path]
         elif not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             broken.append(path)
     if broken:
@@ -123,3 +123,7 @@ def check_ranges(module: nn.Module, name: str) -> None:
             f"{name}: the observer {empty[0]!r} has seen no data ({len(empty)} observers in all), so it has no range. "
             f"Train or calibrate with at least one batch that runs this part of the model, or keep it in float with `overrides`."
         )
+
+
+def _is_empty(low: Tensor, high: Tensor) -> bool:
+    return low.numel() == 0 or bool(torch.isinf(low).all() and (low > high).all())

@@ -3,9 +3,22 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from qat_lightning import QAT, ConfigurationError, StaticPTQ, calibrate, convert, load_quantized, measure_parity, prepare, save_quantized
+from qat_lightning import (
+    QAT,
+    ConfigurationError,
+    QuantizationCallback,
+    StaticPTQ,
+    calibrate,
+    convert,
+    load_float_weights,
+    load_quantized,
+    measure_parity,
+    prepare,
+    save_quantized,
+)
 from qat_lightning.observers import apply_phase
 from qat_lightning.schedule import IDLE, Phase
+from tests.nets import Images, Plain, fit
 
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 FLOWS = pytest.mark.parametrize("flow", ["fx", "eager"])
@@ -109,3 +122,26 @@ def test_a_module_without_weights_that_is_to_stay_float_does(layer, flow):
     int8.layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     int8(IMAGES)
     assert len(seen) == 1 and not seen[0].is_quantized
+
+
+class Spare(Plain):
+    """A layer that forward never calls, as pretrained networks have."""
+
+    def __init__(self):
+        super().__init__(Around(nn.ReLU()))
+        self.net.spare = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+
+@pytest.mark.parametrize("recipe", [QAT(), QAT(flow="eager", overrides={"spare": None})], ids=["fx", "eager"])
+def test_checkpoints_know_layers_that_are_never_called(recipe, tmp_path):
+    original = Spare()
+    torch.save(original.state_dict(), tmp_path / "float.pt")
+    callback = QuantizationCallback(recipe, init_from=tmp_path / "float.pt")
+    module, trainer = fit(callback, Spare(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "qat.ckpt")
+    module.load_state_dict(original.state_dict())
+    trainer.test(Spare(), Images(), ckpt_path=tmp_path / "qat.ckpt", verbose=False)
+    back = Spare()
+    load_float_weights(back, tmp_path / "qat.ckpt")
+    assert torch.equal(back.net.spare[0].weight, original.net.spare[0].weight)
+    assert callback.quantized_module.net(IMAGES).shape == (8, 4)

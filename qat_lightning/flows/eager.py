@@ -102,6 +102,8 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
         _set_qconfigs(module, plan)
         _add_stubs(module, plan)
         prepared = prepare_qat(module.train(), inplace=True)
+    for stub in _stubs_of_wish(prepared, plan):
+        stub.activation_post_process.may_stay_empty = True
     if any(layer.kernel.activation_bits < 8 for layer in plan.layers.values()):
         for fake_quant in fake_quants(prepared):  # without a graph nobody knows which output feeds which layer
             limit_activation(fake_quant, 7)
@@ -261,6 +263,14 @@ def _add_stubs(module: nn.Module, plan: Plan) -> None:
         module.input_stub = QuantStub(static_qconfig(plan))
         module.register_forward_pre_hook(_quantize_inputs, with_kwargs=True)
         module.register_forward_hook(_dequantize_output)
+
+
+def _stubs_of_wish(prepared: nn.Module, plan: Plan) -> Iterator[Any]:
+    """Yield the stubs behind modules that the user keeps in float, also because forward never calls them."""
+    for name in plan.float_modules:
+        stub = getattr(prepared.get_submodule(name), "output_stub", None)
+        if stub is not None:
+            yield stub
 
 
 def _runs_in_float(name: str, child: nn.Module, plan: Plan) -> bool:

@@ -41,6 +41,7 @@ from qat_lightning.flows.torch_ao import (
     reference_of,
     static_qconfig,
 )
+from qat_lightning.flows.unused import drop_unused, keep_unused
 from qat_lightning.modes import evaluating
 from qat_lightning.parity import Reference, compare
 from qat_lightning.plan import Call, Plan
@@ -81,6 +82,8 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
     _pass_ranges_on(prepared)
     _limit_inputs(prepared, plan)
     initialize(prepared)
+    if not post_training:
+        keep_unused(prepared, module)
     _Surface.of(module, plan).attach(prepared)
     return prepared.train(training)
 
@@ -89,6 +92,7 @@ def convert(prepared: nn.Module, plan: Plan) -> nn.Module:
     """Return the int8 graph; see :class:`qat_lightning.flows.base.Flow`."""
     assert isinstance(prepared, fx.GraphModule)
     surface = _Surface.found_on(prepared)
+    drop_unused(prepared)
     with quiet(), engine(plan.backend), _masked(prepared, plan):
         int8 = convert_fx(prepared.eval())
     pack(int8, plan)
