@@ -51,7 +51,7 @@ class ImageFolderData(SplitData):
         check_choice("augment", augment, ("none", "crop_flip"))
         if in_channels != 3:
             raise ConfigurationError(f"`in_channels={in_channels}`: images are loaded in colour, with 3 channels.")
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.image_size = image_size
         self.normalize = T.Compose([T.ToTensor(), T.Normalize(list(mean), list(std))])
         self.augment = augment

@@ -164,3 +164,16 @@ def test_sentence_errors(changes, message, tmp_path):
 def test_missing_sentences(tmp_path):
     with pytest.raises(ConfigurationError, match=r"train\.tsv is missing"):
         ready(SST2Data(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda root: ImageFolderData(root, num_classes=2),
+        lambda root: SST2Data(root),
+        lambda root: TorchvisionData("mnist", root, in_channels=1, width=28),
+    ],
+)
+def test_the_home_folder_has_a_short_name(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build("~/images").root == tmp_path / "images"
