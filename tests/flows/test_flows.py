@@ -18,7 +18,7 @@ from qat_lightning import (
     prepare,
     quantize_dynamic,
 )
-from qat_lightning.backend import supported_backends
+from qat_lightning.backend import engine, supported_backends
 from qat_lightning.core import int8_plan_of
 from qat_lightning.flows import get_flow
 from qat_lightning.observers import apply_phase
@@ -299,3 +299,18 @@ def test_a_product_with_a_number_is_exact(factor, kind):
 
     prepared, int8 = quantize(Scaled(), kind(), Call((IMAGES,), {}))
     assert max(layer.max_steps for layer in measure_parity(prepared, int8, [IMAGES])) <= 1
+
+
+@pytest.mark.skipif("fbgemm" not in supported_backends(), reason="needs the engine whose kernels overflow")
+@pytest.mark.parametrize("flow", ["fx", "eager"])
+def test_a_copy_has_the_kernels_of_the_original(flow):
+    net = nn.Sequential(nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 3, groups=8)).eval()
+    for layer in net:
+        nn.init.ones_(layer.weight)
+    x = IMAGES.abs().clamp(min=2)
+    int8 = convert(calibrate(prepare(net, StaticPTQ(flow=flow)), [x]))
+    holder = nn.ModuleList([int8])
+    with engine("fbgemm"):
+        copied = copy.deepcopy(copy.deepcopy(holder))[0]
+    assert torch.equal(copied(x), int8(x)) and int8_plan_of(copied) == int8_plan_of(int8)
+    assert copied is not int8 and not {id(child) for child in copied.modules()} & {id(child) for child in int8.modules()}
