@@ -104,7 +104,7 @@ def check_ranges(module: nn.Module, name: str) -> None:
     for path, child in module.named_modules():
         observer = getattr(child, "activation_post_process", None)
         low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
-        if not hasattr(child, "enable_observer") or path.endswith("weight_fake_quant") or not isinstance(low, Tensor):
+        if not hasattr(child, "enable_observer") or hasattr(child, "measure") or not isinstance(low, Tensor):
             continue
         assert isinstance(high, Tensor)
         if getattr(child, "saw_no_number", False):

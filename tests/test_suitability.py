@@ -8,6 +8,7 @@ from qat_lightning import (
     ConfigurationError,
     QuantizationCallback,
     StaticPTQ,
+    UnsupportedModelError,
     calibrate,
     convert,
     load_float_weights,
@@ -145,3 +146,54 @@ def test_checkpoints_know_layers_that_are_never_called(recipe, tmp_path):
     load_float_weights(back, tmp_path / "qat.ckpt")
     assert torch.equal(back.net.spare[0].weight, original.net.spare[0].weight)
     assert callback.quantized_module.net(IMAGES).shape == (8, 4)
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+class Chunked(nn.Module):
+    def forward(self, x):
+        one, two = x.chunk(2, 1)
+        return torch.cat([nn.functional.relu(one), torch.split(two, 2, 1)[0], two], 1)[:, :8]
+
+
+def functional():
+    net = Around(nn.Conv2d(8, 8, 1))
+    net.fc = OwnLinear(32, 4)
+    return net
+
+
+@pytest.mark.parametrize("recipe", [QAT(), StaticPTQ()], ids=["qat", "ptq"])
+def test_functions_with_weights_stay_float(recipe, tmp_path, caplog):
+    callback = QuantizationCallback(recipe)
+    fit(callback, Plain(functional()), max_epochs=1)
+    assert callback.report.quantized_modules == 2 and callback.report.parity_passed
+    assert "stay in float, from 'linear' at" in caplog.text
+    loaded = load_quantized(save_quantized(callback.quantized_module, tmp_path / "int8"), Plain(functional()))
+    assert torch.equal(loaded.net(IMAGES), callback.quantized_module.net(IMAGES))
+
+
+@pytest.mark.parametrize("recipe", [QAT(), StaticPTQ()], ids=["qat", "ptq"])
+def test_parts_of_a_tensor(recipe):
+    callback = QuantizationCallback(recipe)
+    fit(callback, Plain(Around(Chunked())), max_epochs=1)
+    assert callback.report.parity_passed
+
+
+@FLOWS
+def test_ranges_of_qat_without_training(flow):
+    net = Around(nn.ReLU()).eval()
+    prepared = calibrate(prepare(net, QAT(flow=flow)), [IMAGES])
+    with torch.no_grad():
+        assert (convert(prepared)(IMAGES) - net(IMAGES)).abs().max() < 0.05 * net(IMAGES).abs().max()
+
+
+def test_a_star_in_the_signature_is_named():
+    class Star(Around):
+        def forward(self, *xs):
+            return super().forward(xs[0])
+
+    with pytest.raises(UnsupportedModelError, match=r"Star\.forward, which takes \*args.*flow='eager'"):
+        prepare(Star(nn.ReLU()), QAT())
+    assert prepare(Star(nn.ReLU()), QAT(flow="eager")) is not None

@@ -1,6 +1,7 @@
 """The fx flow: FX graph mode of ``torch.ao.quantization``. Traces the module, so functional operations are quantized too."""
 
 import inspect
+import logging
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,11 @@ from qat_lightning.report import LayerParity, LayerReport
 
 __all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic"]
 
-# Their weights have no fake-quant in torch.ao, so that training and parity would not see their rounding.
+log = logging.getLogger(__name__)
+
+# Functions whose weights are arguments: torch keeps these, packed, in the state dict, where nothing but a pickle could hold them.
+WEIGHTED_FUNCTIONS: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d, F.linear)
+# The others' weights have no fake-quant in torch.ao, so that training and parity would not see their rounding.
 FLOAT_TYPES: tuple[Any, ...] = (
     nn.Embedding,
     nn.EmbeddingBag,
@@ -57,13 +62,14 @@ FLOAT_TYPES: tuple[Any, ...] = (
     *RECURRENT,
     *TRANSPOSED,
     *STATELESS_TYPES,
+    *WEIGHTED_FUNCTIONS,
     F.conv_transpose1d,
     F.conv_transpose2d,
     F.conv_transpose3d,
     F.embedding,
 )
 DROPOUTS: dict[Any, type[nn.Module]] = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d, F.alpha_dropout: nn.AlphaDropout}
-KERNEL_OPS = ("conv1d", "conv2d", "conv3d", "linear")
+PARTS = (torch.chunk, torch.split, torch.unbind, torch.tensor_split, "chunk", "split", "unbind", "tensor_split", "split_with_sizes")
 
 
 def prepare(module: nn.Module, plan: Plan) -> nn.Module:
@@ -79,6 +85,7 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
             source = fuse(source, is_qat=False)
         custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(copied))
         prepared = prepare_qat_fx(source.train(), _static_mapping(copied), (torch.zeros(1),), prepare_custom_config=custom)
+    _leave_tuples(prepared)
     _pass_ranges_on(prepared)
     _limit_inputs(prepared, plan)
     initialize(prepared)
@@ -118,16 +125,12 @@ def quantize_dynamic(module: nn.Module, plan: Plan) -> nn.Module:
 
 
 def layers(int8: nn.Module, plan: Plan) -> Iterator[LayerReport]:
-    """Yield the layers that run in int8, functional ones under the name of their graph node."""
-    yield from layer_reports(int8, plan)
-    assert isinstance(int8, fx.GraphModule)
-    for node in int8.graph.nodes:
-        if node.op == "call_function" and _is_kernel(node.target):
-            yield LayerReport(layer=node.name, engine=plan.backend, activation_bits=8, per_channel=plan_per_channel(plan))
+    """Yield the layers that run in int8."""
+    return layer_reports(int8, plan)
 
 
 def plan_per_channel(plan: Plan) -> bool:
-    """Whether functional layers, which no plan names, have one weight scale per channel."""
+    """Whether layers have one weight scale per channel unless the plan says otherwise."""
     return all(layer.per_channel for layer in plan.layers.values())
 
 
@@ -167,6 +170,10 @@ def trace(module: nn.Module, plan: Plan) -> fx.Graph:
     Raises:
         UnsupportedModelError: names the submodule and the line that cannot be traced.
     """
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in inspect.signature(module.forward).parameters.values()):
+        raise UnsupportedModelError(
+            f"flow='fx' cannot trace {type(module).__name__}.forward, which takes *args: name its arguments, or use flow='eager'."
+        )
     tracer = _Tracer(_untraced(plan), [])
     tracer.record_stack_traces = True
     constants = {name: inspect.signature(module.forward).parameters[name].default for name in plan.constants}
@@ -196,7 +203,18 @@ def _specialise(module: nn.Module, plan: Plan) -> fx.GraphModule:
     for node in [node for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]:
         _modularise_dropout(specialised, node)
     unshare(specialised)
+    _warn_of_weighted_functions(graph)
     return specialised
+
+
+def _warn_of_weighted_functions(graph: fx.Graph) -> None:
+    staying = [node for node in graph.nodes if node.op == "call_function" and node.target in WEIGHTED_FUNCTIONS]
+    if staying:
+        log.warning(
+            "%d functional convolutions or linear layers, or subclasses of torch's, stay in float, from %r at %s on: the fx flow quantizes "
+            "torch's own modules.",
+            *(len(staying), staying[0].target.__name__, line_of_node(staying[0])),
+        )
 
 
 def _erase_constants(graph: fx.Graph, plan: Plan) -> None:
@@ -281,6 +299,17 @@ def _is_fixed(constructor: Any) -> bool:
 
 
 # --- after prepare -----------------------------------------------------------------------------------------------------------
+
+
+def _leave_tuples(prepared: fx.GraphModule) -> None:
+    """Remove fake-quant from what returns several tensors, parts of one that is rounded already: torch would hand it the tuple."""
+    for node in list(prepared.graph.nodes):
+        source = node.args[0] if node.args else None
+        if isinstance(source, fx.Node) and source.target in PARTS and node.op == "call_module" and _is_fake_quant(prepared, node):
+            node.replace_all_uses_with(source)
+            prepared.graph.erase_node(node)
+            prepared.delete_submodule(str(node.target))
+    prepared.recompile()
 
 
 def _pass_ranges_on(prepared: fx.GraphModule) -> None:
@@ -422,7 +451,3 @@ def _only_reshapes(node: fx.Node) -> bool:
         "permute",
         "contiguous",
     )
-
-
-def _is_kernel(target: Any) -> bool:
-    return getattr(target, "__module__", "") == "torch._ops.quantized" and target.__name__.startswith(KERNEL_OPS)

@@ -85,6 +85,10 @@ class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
         self.activation_post_process.min_val.copy_(low.squeeze())
         self.activation_post_process.max_val.copy_(high.squeeze())
 
+    def freeze_range(self) -> None:
+        """Compute scale and zero point from what the observer has seen while fake-quant was off."""
+        self.follow_observer()
+
     def follow_observer(self) -> None:
         """Set scale and zero point for the range that the observer holds, by the formula of the forward pass."""
         observer, on = self.activation_post_process, torch.ones_like(self.observer_enabled)
