@@ -5,6 +5,7 @@ import logging
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -361,7 +362,8 @@ class _Surface:
     @staticmethod
     def of(module: nn.Module, plan: Plan) -> "_Surface":
         own = vars(nn.Module())
-        attributes = {name: value for name, value in vars(module).items() if name not in own and not name.startswith("_")}
+        attributes: dict[str, Any] = {name: partial(_refuse_method, type(module).__name__, name) for name in _methods(type(module))}
+        attributes |= {name: value for name, value in vars(module).items() if name not in own and not name.startswith("_")}
         return _Surface(attributes, inspect.signature(module.forward), plan.constants)
 
     @staticmethod
@@ -372,7 +374,8 @@ class _Surface:
 
     def attach(self, module: fx.GraphModule) -> None:
         for name, value in self.attributes.items():
-            setattr(module, name, value)
+            if not (isinstance(value, partial) and hasattr(type(module), name)):
+                setattr(module, name, value)
         vars(module)["_surface"] = self
         if self.constants:
             module.register_forward_pre_hook(self, with_kwargs=True)
@@ -398,6 +401,21 @@ class _Surface:
                     f"that gives {name!r}, so that the trace sees it; or use flow='eager'."
                 )
         return tuple(value for name, value in bound.arguments.items() if name not in self.constants)
+
+
+def _methods(kind: type) -> Iterator[str]:
+    """Yield the public methods that a user's class adds to torch's."""
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] != "torch":
+            yield from (name for name, value in vars(base).items() if inspect.isfunction(value) and not hasattr(nn.Module, name))
+
+
+def _refuse_method(owner: str, name: str, *args: Any, **kwargs: Any) -> None:
+    """Take the place of a method besides forward, which no trace has seen."""
+    raise UnsupportedModelError(
+        f"flow='fx' makes one graph of {owner}.forward, so its method {name!r} is gone. Call the module itself, or name with `modules` the "
+        f"parts that {name!r} calls."
+    )
 
 
 # --- parity ------------------------------------------------------------------------------------------------------------------
