@@ -330,7 +330,7 @@ def test_a_reference_past_the_module_is_told():
         def training_step(self, batch, batch_idx):
             return self.kept[0](batch[0]).mean()
 
-    with pytest.raises(CalibrationError, match="Nothing of it was run: .* a reference kept elsewhere"):
+    with pytest.raises(CalibrationError, match=r"Nothing of it was run: .* a reference kept elsewhere"):
         fit(qat(calibration_batches=0), Kept(), max_epochs=1)
 
 
