@@ -1,6 +1,8 @@
 """Quantization as functions on modules, for whoever has no Trainer: prepare, calibrate, convert, quantize_dynamic."""
 
+import copy
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from qat_lightning.refinement import refine_layers
 from qat_lightning.report import LayerParity
 from qat_lightning.signature import Signature, widen
 from qat_lightning.state import PreparedState, tensor_names
+from qat_lightning.suitability import adapt
 from qat_lightning.zero_scales import lift_zero_scales
 
 _PREPARED = "prepared"
@@ -171,6 +174,7 @@ def as_call(batch: Any) -> Call:
 def prepare_planned(module: nn.Module, plan: Plan) -> nn.Module:
     """Prepare by a plan; the module is used up and its parameters live on in the result."""
     before = tensor_names(module)
+    adapt(module)
     with torch.random.fork_rng(devices=[]):  # torch.ao draws initial weights for layers it then gives the user's weights
         prepared = get_flow(plan.flow).prepare(module, plan)
     lift_zero_scales(prepared)
@@ -184,7 +188,7 @@ def convert_planned(module: nn.Module, plan: Plan) -> nn.Module:
     PreparedState.detach(module)
     with torch.random.fork_rng(devices=[]):
         int8 = flow.quantize_dynamic(module, plan) if plan.recipe == DynamicPTQ.name else flow.convert(module, plan)
-    return _mark(int8, _INT8, plan)
+    return _keep_engines(_mark(int8, _INT8, plan))
 
 
 def plan_of(module: nn.Module) -> Plan | None:
@@ -233,6 +237,25 @@ def require_prepared(module: nn.Module) -> Plan:
     if plan is None:
         raise ConfigurationError(f"{type(module).__name__} was not prepared: call prepare(module, recipe) first.")
     return plan
+
+
+def _keep_engines(int8: nn.Module) -> nn.Module:
+    """Let copies of an int8 module have its kernels: torch packs the weights of a copy for whatever engine is set, which may overflow."""
+    vars(int8)["__deepcopy__"] = partial(_copy_packed, int8)
+    return int8
+
+
+def _copy_packed(int8: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Do what ``copy.deepcopy`` does without this function, and pack the weights by the plan."""
+    own = vars(int8).pop("__deepcopy__")
+    try:
+        copied = copy.deepcopy(int8, memo)
+    finally:
+        vars(int8)["__deepcopy__"] = own
+    plan = int8_plan_of(copied)
+    assert plan is not None  # both kinds of modules keep it in a copy
+    get_flow(plan.flow).pack(copied, plan)
+    return _keep_engines(copied)
 
 
 def _mark(module: nn.Module, key: str, plan: Plan) -> nn.Module:

@@ -33,6 +33,7 @@ from qat_lightning.recipe import (
     StaticPTQ,
     check_choice,
 )
+from qat_lightning.suitability import refuse_layer, refuse_module
 
 STATIC_LAYERS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
 DYNAMIC_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *RECURRENT)
@@ -118,15 +119,18 @@ def make_plan(module: nn.Module, recipe: Recipe, name: str = "", example: Call |
         example: a call of the module; decides which optional arguments are tensors. None: they keep their defaults.
 
     Raises:
-        ConfigurationError: the backend is not in this build of torch, or the weight of a layer is computed by a hook.
+        ConfigurationError: the backend is not in this build of torch, or a layer cannot be quantized; see :mod:`.suitability`.
     """
     check_backend(recipe.backend)
     settings = {path: _setting(path, child, module, name, recipe.overrides) for path, child in module.named_modules()}
+    for path, child in module.named_modules() if not isinstance(recipe, DynamicPTQ) else ():
+        if settings[path] is not None:
+            refuse_module(f"{name}.{path}".strip("."), child)
     layers = {}
     for path, child in quantizable_layers(module, recipe):
         override = settings[path]
         if override is not None:
-            _refuse_reparametrized(f"{name}.{path}".strip("."), child)
+            refuse_layer(f"{name}.{path}".strip("."), child)
             layers[path] = _plan_layer(child, recipe, override)
     return Plan(
         recipe=recipe.name,
@@ -138,15 +142,6 @@ def make_plan(module: nn.Module, recipe: Recipe, name: str = "", example: Call |
         observer=recipe.observer if isinstance(recipe, StaticPTQ) else None,
         constants=constant_arguments(module, example),
     )
-
-
-def _refuse_reparametrized(path: str, layer: nn.Module) -> None:
-    """Quantization would take the weight as it is now and leave the parameters behind it out of training."""
-    if "weight" not in layer._parameters and not isinstance(layer, RECURRENT):
-        raise ConfigurationError(
-            f"The weight of {path!r} is computed from {sorted(layer._parameters)} in a hook (pruning, weight or spectral norm). Make it a "
-            f'parameter first, e.g. torch.nn.utils.prune.remove(layer, "weight") or remove_weight_norm(layer), or keep the layer in float.'
-        )
 
 
 def quantizable_layers(module: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:

@@ -245,7 +245,8 @@ def _switched(targets: Mapping[str, nn.Module], batches: Sequence[Any], run: Run
         sqnr = {name: Energy() for name in switches.layers}
         handles = [
             layer.register_forward_hook(_noise(switches.inputs[name], sqnr[name]), prepend=True, with_kwargs=True)
-            for name, layer in switches.layers.items()
+            for name, copies in switches.layers.items()
+            for layer in copies
         ]
         try:
             reference = outputs_of(targets, batches, run)

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qat_lightning.core import plan_of
+from qat_lightning.flows.sharing import original
 from qat_lightning.modes import evaluating
 from qat_lightning.observers import fake_quants
 
@@ -33,13 +34,13 @@ class Switches:
         run: runs one batch through all of them.
 
     Attributes:
-        layers: the layers with weights, by qualified name.
+        layers: the layers with weights, by qualified name; several modules where a flow has copied a layer that is called several times.
         inputs: of each layer, the grids that it reads.
     """
 
     def __init__(self, targets: Mapping[str, nn.Module], run: Callable[[], Any]) -> None:
         self.layers = layers_of(targets)
-        weights = {id(layer.weight_fake_quant) for layer in self.layers.values()}
+        weights = {id(layer.weight_fake_quant) for copies in self.layers.values() for layer in copies}
         self._all = list({id(quant): quant for module in targets.values() for quant in fake_quants(module)}.values())
         # What follows another grid, behind dropout, rounds nothing itself.
         self._grids = [quant for quant in self._all if id(quant) not in weights and hasattr(quant, "scale")]
@@ -67,8 +68,9 @@ class Switches:
         self._switch(lambda layer: layer != name, lambda grid: grid in self._operations or self._touching[grid] != {name})
 
     def _switch(self, layers: Callable[[str], bool], grids: Callable[[int], bool]) -> None:
-        for name, layer in self.layers.items():
-            layer.weight_fake_quant.enable_fake_quant(layers(name))
+        for name, copies in self.layers.items():
+            for layer in copies:
+                layer.weight_fake_quant.enable_fake_quant(layers(name))
         for quant in self._grids:
             quant.enable_fake_quant(grids(id(quant)))
 
@@ -76,7 +78,7 @@ class Switches:
 
     def _trace(self, run: Callable[[], Any]) -> None:
         sources = _Sources()
-        handles = [handle for name, layer in self.layers.items() for handle in self._watch_layer(name, layer, sources)]
+        handles = [handle for name, copies in self.layers.items() for layer in copies for handle in self._watch_layer(name, layer, sources)]
         handles += [handle for quant in self._grids for handle in self._watch_grid(quant, sources)]
         try:
             with torch.inference_mode(), sources:
@@ -162,14 +164,14 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     return (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
-def layers_of(targets: Mapping[str, nn.Module]) -> dict[str, Any]:
+def layers_of(targets: Mapping[str, nn.Module]) -> dict[str, list[Any]]:
     """Return the layers with weights of prepared modules, under the names that plans and overrides know."""
-    found = {}
+    found: dict[str, list[Any]] = {}
     for target, module in targets.items():
         plan = plan_of(module)
         for name, layer in module.named_modules():
             if hasattr(layer, "weight_fake_quant"):
-                known = plan is None or name in plan.layers
-                own = name if known else name.removeprefix("wrapped").removeprefix(".")
-                found[f"{target}.{own}".strip(".")] = layer
+                names = (name, original(name), original(name).removeprefix("wrapped").removeprefix("."))
+                own = next((known for known in names if plan is not None and known in plan.layers), name)
+                found.setdefault(f"{target}.{own}".strip("."), []).append(layer)
     return found

@@ -35,6 +35,7 @@ from qat_lightning.flows.base import Parent, with_parent
 from qat_lightning.flows.blame import line_of_node
 from qat_lightning.flows.clipping import Limits, free_clips, limits_of
 from qat_lightning.flows.torch_ao import (
+    STATELESS_TYPES,
     dynamic_qconfig,
     initialize,
     layer_reports,
@@ -57,7 +58,7 @@ from qat_lightning.report import LayerParity, LayerReport
 __all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic", "walk"]
 
 # torch.ao would swap them, but has no fake-quant for their weights: training and parity would not see their rounding.
-FLOAT_TYPES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, *RECURRENT, *TRANSPOSED)
+FLOAT_TYPES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, *RECURRENT, *TRANSPOSED, *STATELESS_TYPES)
 # Layers that move or select values without computing new ones: on int8 they return what fake-quant returned.
 EXACT_TYPES: tuple[type[nn.Module], ...] = (
     *(nn.ReLU, nn.Identity, nn.Flatten, nn.Unflatten),
@@ -106,6 +107,8 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
         prepared = prepare_qat(module.train(), inplace=True)
     for name, limit in limits.items():
         cast(Any, prepared.get_submodule(name)).activation_post_process.limits = limit
+    for stub in _stubs_of_wish(prepared, plan):
+        stub.activation_post_process.may_stay_empty = True
     if any(layer.kernel.activation_bits < 8 for layer in plan.layers.values()):
         for fake_quant in fake_quants(prepared):  # without a graph nobody knows which output feeds which layer
             limit_activation(fake_quant, 7)
@@ -293,7 +296,7 @@ def _add_stubs(module: nn.Module, plan: Plan) -> None:
     for name, child in list(module.named_modules()):
         if name and _runs_in_float(name, child, plan):
             vars(child)["qconfig"] = None
-            if isinstance(child, nn.Sequential):
+            if isinstance(child, nn.Sequential | nn.Softmax):  # torch looks for no stub inside a Softmax
                 child = Parent(child)
                 vars(child)["qconfig"] = None
                 module.set_submodule(name, child)
@@ -304,6 +307,14 @@ def _add_stubs(module: nn.Module, plan: Plan) -> None:
         module.register_forward_hook(_dequantize_output)
 
 
+def _stubs_of_wish(prepared: nn.Module, plan: Plan) -> Iterator[Any]:
+    """Yield the stubs behind modules that the user keeps in float, also because forward never calls them."""
+    for name in plan.float_modules:
+        stub = getattr(prepared.get_submodule(name), "output_stub", None)
+        if stub is not None:
+            yield stub
+
+
 def _runs_in_float(name: str, child: nn.Module, plan: Plan) -> bool:
     """Whether the module is the outermost of what stays float, by the user's wish or for want of an int8 kernel."""
     if _stays_float(name, plan):
@@ -312,8 +323,8 @@ def _runs_in_float(name: str, child: nn.Module, plan: Plan) -> bool:
         return True
     is_layer = next(child.children(), None) is None
     swapped = {*get_default_static_quant_module_mappings(), *DEFAULT_MODULE_TO_ACT_POST_PROCESS}
-    # torch's int8 ReLU6 keeps the grid of its input, whatever range training has given its output.
-    swapped.discard(nn.ReLU6)
+    # torch's int8 ReLU6 keeps the grid of its input, whatever range training has given its output; Softmax has no int8 kernel.
+    swapped -= {nn.ReLU6, nn.Softmax}
     return is_layer and type(child) not in EXACT_TYPES and type(child) not in swapped
 
 

@@ -1,6 +1,7 @@
 """Walks through a calibrated module layer by layer, next to its float twin."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,17 +26,17 @@ def walk_graph(prepared: fx.GraphModule, inputs: Sequence[tuple[Any, ...]], visi
     Args:
         prepared: calibrated, in eval mode.
         inputs: positional arguments of one batch each.
-        visit: is given each layer that runs once per batch.
+        visit: is given each layer that shares its weights with no other.
         progress: show a progress bar.
     """
     twin = float_twin(prepared)
     with torch.no_grad():
         pairs = [(_Lane(prepared, batch), _Lane(twin, batch)) for batch in inputs[: _affordable(prepared, inputs)]]
         nodes = list(zip(prepared.graph.nodes, twin.graph.nodes, strict=True))
-        targets = [str(node.target) for node, _ in nodes]
+        alone = _alone(prepared)
         for node, twin_node in _tracked(nodes, progress):
-            layer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if hasattr(layer, "weight_fake_quant") and targets.count(str(node.target)) == 1:
+            if node.op == "call_module" and node.target in alone:
+                layer = prepared.get_submodule(str(node.target))
                 users: list[Any] = [prepared.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"]
                 clip = next((user.limits for user in users if len(node.users) == 1 and hasattr(user, "limits")), None)
                 visit(
@@ -59,7 +60,7 @@ def walk_modules(prepared: nn.Module, calls: Sequence[Call], visit: Visit, progr
     Args:
         prepared: calibrated, in eval mode.
         calls: a call of one batch each.
-        visit: is given each layer that runs once per batch.
+        visit: is given each layer that runs once per batch and shares its weights with no other.
         progress: show a progress bar.
     """
     twin = float_twin(prepared)
@@ -85,6 +86,13 @@ def float_twin(prepared: nn.Module) -> Any:
         fake_quant.enable_observer(False)
         fake_quant.enable_fake_quant(False)
     return twin
+
+
+def _alone(prepared: nn.Module) -> set[str]:
+    """Return the names of the layers whose weights no other layer has: of shared weights, each call would undo what helps the other."""
+    layers = {name: child for name, child in prepared.named_modules() if hasattr(child, "weight_fake_quant")}
+    owners = Counter(id(child.weight) for child in layers.values())
+    return {name for name, child in layers.items() if owners[id(child.weight)] == 1}
 
 
 def _tracked(items: Sequence[Any], progress: bool) -> Any:
@@ -144,7 +152,8 @@ def _layers_in_order(prepared: nn.Module, call: Call) -> list[str]:
 
     with _hooks({name: keep(name) for name, child in prepared.named_modules() if hasattr(child, "weight_fake_quant")}, prepared):
         call.run(prepared)
-    return [name for name in order if order.count(name) == 1]
+    alone = _alone(prepared)
+    return [name for name in order if order.count(name) == 1 and name in alone]
 
 
 def _input_of(module: nn.Module, name: str, call: Call) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from qat_lightning import QAT, CalibrationError, ConfigurationError, StaticPTQ, calibrate, convert, measure_sensitivity, prepare
 from qat_lightning.evaluation import LayerSensitivity, Sensitivity
@@ -204,3 +205,24 @@ def test_calibrated_qat_has_the_ranges_it_saw(flow):
     x = torch.cat(inputs(net))
     for module in (prepared, convert(prepared)):
         assert relative_error(net(x), module(x)) < 1e-2
+
+
+class Twice(nn.Module):
+    """One layer that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.b(functional.relu(self.a(functional.relu(self.a(x)))))
+
+
+def test_layer_that_is_called_twice_has_one_row():
+    net = Twice()
+    found = measure_sensitivity(calibrated(net, StaticPTQ()), inputs(net))
+    rows = {row.layer: row for row in found.rows}
+    assert [*rows] == ["a", "b"]
+    overridden = calibrated(net, StaticPTQ(overrides={"a": None}))
+    outputs = [torch.cat([module(x) for x in inputs(net)]) for module in (net, overridden)]
+    assert relative_error(*outputs) == pytest.approx(rows["a"].all_but)
