@@ -1,6 +1,6 @@
 """Quantization as functions on modules, for whoever has no Trainer: prepare, calibrate, convert, quantize_dynamic."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,8 +127,8 @@ def as_call(batch: Any) -> Call:
     """Return a batch as the arguments of a module."""
     if isinstance(batch, Call):
         return batch
-    if isinstance(batch, dict):
-        return Call((), batch)
+    if isinstance(batch, Mapping):  # a tokenizer's result is no dict
+        return Call((), dict(batch))
     return Call(tuple(batch), {}) if isinstance(batch, list | tuple) else Call((batch,), {})
 
 

@@ -241,8 +241,8 @@ def _static_mapping(plan: Plan) -> QConfigMapping:
     for key in FLOAT_TYPES:
         mapping.set_object_type(key, None)
     for name, layer in plan.layers.items():
-        if layer.per_channel != plan_per_channel(plan):
-            mapping.set_module_name(name, static_qconfig(plan, layer.per_channel))
+        if layer.per_channel != plan_per_channel(plan) or layer.observer is not None:
+            mapping.set_module_name(name, static_qconfig(plan, layer.per_channel, layer.observer))
     for name in plan.float_modules:
         mapping.set_module_name(name, None) if name else mapping.set_global(None)
     return mapping

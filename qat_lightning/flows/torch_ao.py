@@ -9,7 +9,6 @@ from torch.ao.quantization import (
     FakeQuantize,
     FakeQuantizeBase,
     FusedMovingAvgObsFakeQuantize,
-    HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     PerChannelMinMaxObserver,
@@ -21,16 +20,12 @@ from torch.ao.quantization import (
 from qat_lightning.affine import SMALLEST_SCALE, QParams
 from qat_lightning.backend import engine
 from qat_lightning.deprecation import quiet
+from qat_lightning.flows.range_observers import ACTIVATION_OBSERVERS
 from qat_lightning.observers import fake_quants, measure_weights
 from qat_lightning.parity import Reference
 from qat_lightning.plan import LayerPlan, Plan
 from qat_lightning.report import LayerReport
 
-ACTIVATION_OBSERVERS = {
-    "histogram": HistogramObserver,
-    "minmax": MinMaxObserver,
-    "moving_average": MovingAverageMinMaxObserver,
-}
 # The kernels store -128 too; the scale is such that only a weight that grew after its range was frozen gets there.
 WEIGHT_RANGE = {"quant_min": -128, "quant_max": 127}
 KERNEL_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
@@ -46,7 +41,15 @@ class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
 
     The qparams in use are those the forward pass rounded with. Torch computes them a second time for the conversion, by a formula
     that differs in the last bit, enough to move a value by a step.
+
+    Args:
+        calibration: how its range is calibrated before training; None: as for all others.
+        settings: of torch's module.
     """
+
+    def __init__(self, calibration: str | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.calibration = calibration
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` rounded to the grid, in the dtype of ``x``; integers pass through."""
@@ -63,7 +66,8 @@ class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
         return super().calculate_qparams()
 
     def twin(self, observer: str) -> "CalibratedFakeQuantize":
-        """Return a fake-quant of the same value range that is calibrated by ``observer``."""
+        """Return a fake-quant of the same value range that is calibrated by ``observer``, unless a layer's override says otherwise."""
+        observer = self.calibration or observer
         own = self.activation_post_process
         settings = {"quant_min": own.quant_min, "quant_max": own.quant_max, "dtype": self.dtype, "qscheme": self.qscheme}
         twin: CalibratedFakeQuantize = _constructor(CalibratedFakeQuantize, observer=ACTIVATION_OBSERVERS[observer], **settings)()
@@ -156,7 +160,8 @@ class CalibratedFakeQuantize(FakeQuantize):
         return _round(x, self.scale, self.zero_point)
 
     def _observe(self, x: Tensor) -> None:
-        if torch.isfinite(x).all():
+        # The extremes are NaN where a value is, and cost a tenth of looking at each.
+        if x.numel() == 0 or torch.stack(torch.aminmax(x)).isfinite().all():
             self.activation_post_process(x)
         else:
             self.saw_no_number = True
@@ -206,12 +211,12 @@ def _constructor(fake_quant: Any, **settings: Any) -> Any:
     return fake_quant.with_args(**settings)
 
 
-def activation_fake_quant(plan: Plan) -> Any:
-    """Return the constructor of the fake-quant of activations, uint8 with full range."""
+def activation_fake_quant(plan: Plan, observer: str | None = None) -> Any:
+    """Return the constructor of the fake-quant of activations, uint8 with full range; ``observer``: how it is calibrated, if not as all."""
     settings = {"quant_min": 0, "quant_max": 255, "dtype": torch.quint8, "qscheme": torch.per_tensor_affine}
     if plan.observer is None:
-        return _constructor(TrainingFakeQuantize, observer=MovingAverageMinMaxObserver, **settings)
-    return _constructor(CalibratedFakeQuantize, observer=ACTIVATION_OBSERVERS[plan.observer], **settings)
+        return _constructor(TrainingFakeQuantize, observer=MovingAverageMinMaxObserver, calibration=observer, **settings)
+    return _constructor(CalibratedFakeQuantize, observer=ACTIVATION_OBSERVERS[observer or plan.observer], **settings)
 
 
 def weight_fake_quant(per_channel: bool) -> Any:
@@ -228,9 +233,9 @@ def weight_fake_quant(per_channel: bool) -> Any:
     return _constructor(WeightFakeQuantize, observer=MinMaxObserver, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, **WEIGHT_RANGE)
 
 
-def static_qconfig(plan: Plan, per_channel: bool = True) -> QConfig:
+def static_qconfig(plan: Plan, per_channel: bool = True, observer: str | None = None) -> QConfig:
     """Return the qconfig of a layer."""
-    return QConfig(activation=activation_fake_quant(plan), weight=weight_fake_quant(per_channel))
+    return QConfig(activation=activation_fake_quant(plan, observer), weight=weight_fake_quant(per_channel))
 
 
 def dynamic_qconfig(plan: LayerPlan) -> QConfig:
