@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat_lightning.histogram import BINS, BINS_PER_SIGN, OCTAVES, Density, merge, seen
@@ -16,6 +16,7 @@ def same(one, other):
     return one[:2] == other[:2] and torch.equal(one[2], other[2])
 
 
+@settings(max_examples=40)
 @given(st.lists(VALUES, min_size=1, max_size=5), st.randoms(use_true_random=False))
 def test_batches_in_any_order_and_grouping_make_the_histogram_of_all_values(batches, random):
     whole = seen(torch.cat([tensors(batch) for batch in batches]))

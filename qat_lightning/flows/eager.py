@@ -34,6 +34,7 @@ from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.flows.base import Parent, with_parent
 from qat_lightning.flows.blame import line_of_node
 from qat_lightning.flows.torch_ao import (
+    choose_observer,
     dynamic_qconfig,
     initialize,
     layer_reports,
@@ -104,6 +105,8 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
     if any(layer.kernel.activation_bits < 8 for layer in plan.layers.values()):
         for fake_quant in fake_quants(prepared):  # without a graph nobody knows which output feeds which layer
             limit_activation(fake_quant, 7)
+    for name, layer in plan.layers.items():
+        choose_observer(getattr(prepared.get_submodule(name), "activation_post_process", None), layer.observer)
     initialize(prepared)
     return cast(nn.Module, prepared.train(training))
 
@@ -243,7 +246,7 @@ def _set_qconfigs(module: nn.Module, plan: Plan) -> None:
         if name and _stays_float(name, plan):
             vars(child)["qconfig"] = None
     for name, layer in plan.layers.items():
-        vars(module.get_submodule(name))["qconfig"] = static_qconfig(plan, layer.per_channel, layer.observer)
+        vars(module.get_submodule(name))["qconfig"] = static_qconfig(plan, layer.per_channel)
 
 
 def _add_stubs(module: nn.Module, plan: Plan) -> None:

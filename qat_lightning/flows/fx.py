@@ -26,6 +26,7 @@ from qat_lightning.flows.base import with_parent
 from qat_lightning.flows.blame import line_of_error, line_of_node, short_message
 from qat_lightning.flows.torch_ao import (
     FollowingFakeQuantize,
+    choose_observer,
     dynamic_qconfig,
     initialize,
     layer_reports,
@@ -74,6 +75,7 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
         prepared = prepare_qat_fx(source.train(), _static_mapping(plan), (torch.zeros(1),), prepare_custom_config=custom)
     _pass_ranges_through_dropout(prepared)
     _limit_inputs(prepared, plan)
+    _choose_observers(prepared, plan)
     initialize(prepared)
     _Surface.of(module, plan).attach(prepared)
     return prepared.train(training)
@@ -241,8 +243,8 @@ def _static_mapping(plan: Plan) -> QConfigMapping:
     for key in FLOAT_TYPES:
         mapping.set_object_type(key, None)
     for name, layer in plan.layers.items():
-        if layer.per_channel != plan_per_channel(plan) or layer.observer is not None:
-            mapping.set_module_name(name, static_qconfig(plan, layer.per_channel, layer.observer))
+        if layer.per_channel != plan_per_channel(plan):
+            mapping.set_module_name(name, static_qconfig(plan, layer.per_channel))
     for name in plan.float_modules:
         mapping.set_module_name(name, None) if name else mapping.set_global(None)
     return mapping
@@ -282,6 +284,17 @@ def _limit_inputs(prepared: fx.GraphModule, plan: Plan) -> None:
         source = node.args[0]
         if isinstance(source, fx.Node) and source.op == "call_module":
             limit_activation(prepared.get_submodule(str(source.target)), planned.kernel.activation_bits)
+
+
+def _choose_observers(prepared: fx.GraphModule, plan: Plan) -> None:
+    """Give the outputs of layers the observers of their own; by the qconfig of a layer, torch would observe its input, too."""
+    for node in prepared.graph.nodes:
+        planned = planned_layer(plan, node.target) if node.op == "call_module" else None
+        if planned is None:
+            continue
+        for user in node.users:
+            if user.op == "call_module":
+                choose_observer(prepared.get_submodule(str(user.target)), planned.observer)
 
 
 class _Surface:

@@ -41,15 +41,10 @@ class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
 
     The qparams in use are those the forward pass rounded with. Torch computes them a second time for the conversion, by a formula
     that differs in the last bit, enough to move a value by a step.
-
-    Args:
-        calibration: how its range is calibrated before training; None: as for all others.
-        settings: of torch's module.
     """
 
-    def __init__(self, calibration: str | None = None, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.calibration = calibration
+    calibration: str | None = None
+    """How its range is calibrated before training; None: as those of all others."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` rounded to the grid, in the dtype of ``x``; integers pass through."""
@@ -211,12 +206,12 @@ def _constructor(fake_quant: Any, **settings: Any) -> Any:
     return fake_quant.with_args(**settings)
 
 
-def activation_fake_quant(plan: Plan, observer: str | None = None) -> Any:
-    """Return the constructor of the fake-quant of activations, uint8 with full range; ``observer``: how it is calibrated, if not as all."""
+def activation_fake_quant(plan: Plan) -> Any:
+    """Return the constructor of the fake-quant of activations, uint8 with full range."""
     settings = {"quant_min": 0, "quant_max": 255, "dtype": torch.quint8, "qscheme": torch.per_tensor_affine}
     if plan.observer is None:
-        return _constructor(TrainingFakeQuantize, observer=MovingAverageMinMaxObserver, calibration=observer, **settings)
-    return _constructor(CalibratedFakeQuantize, observer=ACTIVATION_OBSERVERS[observer or plan.observer], **settings)
+        return _constructor(TrainingFakeQuantize, observer=MovingAverageMinMaxObserver, **settings)
+    return _constructor(CalibratedFakeQuantize, observer=ACTIVATION_OBSERVERS[plan.observer], **settings)
 
 
 def weight_fake_quant(per_channel: bool) -> Any:
@@ -233,9 +228,9 @@ def weight_fake_quant(per_channel: bool) -> Any:
     return _constructor(WeightFakeQuantize, observer=MinMaxObserver, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, **WEIGHT_RANGE)
 
 
-def static_qconfig(plan: Plan, per_channel: bool = True, observer: str | None = None) -> QConfig:
+def static_qconfig(plan: Plan, per_channel: bool = True) -> QConfig:
     """Return the qconfig of a layer."""
-    return QConfig(activation=activation_fake_quant(plan, observer), weight=weight_fake_quant(per_channel))
+    return QConfig(activation=activation_fake_quant(plan), weight=weight_fake_quant(per_channel))
 
 
 def dynamic_qconfig(plan: LayerPlan) -> QConfig:
@@ -336,6 +331,18 @@ def limit_activation(fake_quant: nn.Module, bits: int) -> None:
     """Give the output of ``fake_quant`` fewer bits, for a kernel that saturates with all eight."""
     if isinstance(fake_quant, TrainingFakeQuantize | CalibratedFakeQuantize):
         fake_quant.activation_post_process.quant_max = 2**bits - 1
+
+
+def choose_observer(fake_quant: Any, observer: str | None) -> None:
+    """Have the range of ``fake_quant`` calibrated by the observer of that name; None leaves it as it is."""
+    if observer is None:
+        return
+    if isinstance(fake_quant, TrainingFakeQuantize):
+        fake_quant.calibration = observer
+    elif isinstance(fake_quant, CalibratedFakeQuantize):
+        own: Any = fake_quant.activation_post_process
+        settings = {"quant_min": own.quant_min, "quant_max": own.quant_max, "dtype": fake_quant.dtype, "qscheme": fake_quant.qscheme}
+        fake_quant.activation_post_process = ACTIVATION_OBSERVERS[observer](**settings).to(own.min_val.device)
 
 
 def _has_int8_weight(module: nn.Module) -> bool:
