@@ -3,7 +3,8 @@
 from qat_lightning.artifact import load_quantized, save_quantized
 from qat_lightning.callback import QuantizationCallback
 from qat_lightning.checkpoint import adopt_checkpoints, load_float_weights
-from qat_lightning.core import calibrate, convert, measure_parity, prepare, quantize_dynamic
+from qat_lightning.core import calibrate, convert, measure_parity, prepare, quantize_dynamic, refine
+from qat_lightning.equalization import equalize
 from qat_lightning.errors import (
     ArtifactError,
     CalibrationError,
@@ -14,13 +15,14 @@ from qat_lightning.errors import (
     UnsupportedModelError,
 )
 from qat_lightning.plan import Call
-from qat_lightning.recipe import QAT, DynamicPTQ, LayerOverride, StaticPTQ, When
+from qat_lightning.recipe import QAT, AdaRound, DynamicPTQ, LayerOverride, StaticPTQ, When
 from qat_lightning.report import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "QAT",
+    "AdaRound",
     "ArtifactError",
     "CalibrationError",
     "Call",
@@ -38,10 +40,12 @@ __all__ = [
     "adopt_checkpoints",
     "calibrate",
     "convert",
+    "equalize",
     "load_float_weights",
     "load_quantized",
     "measure_parity",
     "prepare",
     "quantize_dynamic",
+    "refine",
     "save_quantized",
 ]

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat_lightning.artifact import save_quantized
+from qat_lightning.artifact import refuse_foreign, save_quantized
 from qat_lightning.callback import QuantizationCallback
 from qat_lightning.checkpoint import ConvertedWeights, load_float_weights
 from qat_lightning.distributed import ALONE, Processes, alone, fail_together
@@ -198,6 +198,8 @@ def _seed(seed: Any) -> None:
 def _build_run(config: dict[str, Any], folder: Path) -> Run:
     """Build everything and check what can be checked before training."""
     quantization = _build_quantization(config)
+    if quantization is not None:
+        refuse_foreign(folder / "int8")
     model = build(config["model"], "model")
     _expect("model", model, LightningModule, "model=custom wraps an nn.Module into one")
     data = build(config["data"], "data")

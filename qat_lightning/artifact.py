@@ -58,7 +58,7 @@ def save_quantized(module: nn.Module, folder: str | Path, report: Report | None 
     _, targets = already(module)
     if not targets:
         raise ArtifactError(f"{type(module).__name__} holds no int8 module: save `callback.quantized_module` after `trainer.fit`.")
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     with quiet():
         weights = _serialize(to_plain(_flow_of(targets).portable_state(module)))
     manifest = _describe(targets, weights, report)
@@ -108,8 +108,15 @@ def load_quantized(folder: str | Path, model: ModuleT) -> ModuleT:
 # --- saving ------------------------------------------------------------------------------------------------------------------
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Refuse to write into anything that is neither an artifact, nor empty, nor what a kill left of a first save."""
+def refuse_foreign(folder: Path) -> None:
+    """Refuse to write into anything that is neither an artifact, nor empty, nor what a kill left of a first save.
+
+    Args:
+        folder: for :func:`save_quantized`.
+
+    Raises:
+        ArtifactError: it holds what is not ours.
+    """
     if not folder.exists():
         return
     try:

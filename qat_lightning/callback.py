@@ -1,8 +1,9 @@
 """The callback: Lightning's hooks, wired to the functions of this package."""
 
 import logging
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typing_extensions import override
 
 from qat_lightning.averaging import copy_anew, keep_ranges, measure_averaged
 from qat_lightning.batch_norm import batch_norms, pass_hooks_on, put_back, with_batch_norms
+from qat_lightning.calibration import length_of
 from qat_lightning.checkpoint import ConvertedWeights, best_checkpoint, has_checkpoints, load_best, load_into_built, refuse_unprepared
 from qat_lightning.compilation import read_plain_names, uncompile
 from qat_lightning.conversion import Baseline, quantize_copy, rehearse
@@ -34,7 +36,7 @@ from qat_lightning.report import Report
 from qat_lightning.running import attached, calibration_batches, clone, evaluation_step, example_calls, to_device, trainer_of
 from qat_lightning.schedule import Phase, check_reachable, phase
 from qat_lightning.state import float_weights, plans_in
-from qat_lightning.targets import CallRecorder, already, concerns, find_targets
+from qat_lightning.targets import CallRecorder, already, concerns, find_targets, refuse_shared_parts
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,8 @@ class QuantizationCallback(Callback):
         modules: names of the submodules to quantize; None takes every child with layers to quantize, but no metric and no loss.
             Callbacks with different names may share a Trainer.
         calibration_data: batches for static quantization, as the datamodule would give them, labels are not needed; None takes
-            ``datamodule.calibration_dataloader()`` where there is one, else the training batches.
+            ``datamodule.calibration_dataloader()`` where there is one, else the training batches. Of an iterator, as many batches are
+            kept as the recipe needs.
         init_from: file with float weights to start from: a checkpoint of a float or a QAT run, or a state dict. They are loaded when the
             module is prepared for its first fit.
         convert: which weights become int8: ``"best"``, those of ModelCheckpoint's best checkpoint, or ``"last"``, the final ones.
@@ -92,13 +95,17 @@ class QuantizationCallback(Callback):
             raise TypeError(f"Expected argument `modules` to be a list of names or None, but got {modules!r}.")
         if modules is not None and not modules:
             raise ValueError("Expected argument `modules` to name at least one module, but got an empty list; None takes every child.")
-        if calibration_data is not None and not isinstance(calibration_data, Iterable):
+        if isinstance(calibration_data, Tensor):
+            raise TypeError("Expected argument `calibration_data` to be an iterable of batches, but got a Tensor: one batch is [tensor].")
+        if calibration_data is not None and (not isinstance(calibration_data, Iterable) or isinstance(calibration_data, str)):
             raise TypeError(f"Expected argument `calibration_data` to be an iterable of batches or None, but got {calibration_data!r}.")
         if init_from is not None and not isinstance(init_from, str | Path):
             raise TypeError(f"Expected argument `init_from` to be a path or None, but got {init_from!r}.")
         check_choice("convert", convert, ("best", "last", None))
         check_choice("parity", parity, PARITY_ACTIONS)
         self._modules = modules
+        if isinstance(calibration_data, Iterator):  # it can be read once, and is needed at the beginning and at the end
+            calibration_data = list(islice(calibration_data, max(getattr(self._recipe, "calibration_batches", 0), 1)))
         self._calibration_data = calibration_data
         self._init_from = init_from
         self._convert = convert
@@ -228,8 +235,9 @@ class QuantizationCallback(Callback):
             return
         if self._init_from is not None and stage == "fit" and not adopted:
             load_into_built(pl_module, self._init_from)
+        refuse_shared_parts(pl_module, missing)
         fresh = find_targets(pl_module, self._recipe, missing)
-        if isinstance(self._calibration_data, Sized) and not len(self._calibration_data):
+        if self._calibration_data is not None and length_of(self._calibration_data) == 0:
             raise CalibrationError("`calibration_data` has no batch: give it at least one, or None for the training data.")
         check_overrides(self._recipe, fresh)
         check_fuse(self._recipe, fresh)
@@ -390,7 +398,7 @@ class QuantizationCallback(Callback):
         fresh = [name for name, target in targets.items() if learnt_nothing(target)]
         if fresh and recipe.calibration_batches:
             batches = calibration_batches(trainer, self._calibration_data)
-            if isinstance(batches, Sized) and not len(batches):
+            if length_of(batches) == 0:
                 log.warning(
                     "The training batches can be read once only: ranges begin with the first one. Give `calibration_data` for better."
                 )
@@ -468,7 +476,7 @@ class QuantizationCallback(Callback):
             )
         trainer = trainer_of(pl_module)
         batches = self._batches(trainer) if batches is None else batches
-        if isinstance(batches, Sized) and not len(batches):
+        if length_of(batches) == 0:
             raise CalibrationError("There is no batch to calibrate or compare int8 with: give some, as in convert(module, batches).")
         self._quantize(clone(pl_module).cpu().eval(), trainer, batches, None, ALONE)
         return self.quantized_module

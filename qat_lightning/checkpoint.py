@@ -61,7 +61,7 @@ def load_float_weights(model: nn.Module, path: str | Path) -> None:
 
 def load_into_built(model: nn.Module, path: str | Path) -> None:
     """Do what :func:`load_float_weights` does for a model whose networks are there."""
-    weights = plain_names(read_state_dict(Path(path)))
+    weights = plain_names(read_state_dict(Path(path).expanduser()))
     target = _best_match(model, weights)
     weights = _drop_fake_quant(target, weights, path)
     own = target.state_dict()

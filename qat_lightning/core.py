@@ -1,6 +1,8 @@
 """Quantization as functions on modules, for whoever has no Trainer: prepare, calibrate, convert, quantize_dynamic."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,15 +10,17 @@ from torch import fx, nn
 
 from qat_lightning.calibration import calibrate as run_calibration
 from qat_lightning.compilation import inside, uncompiled_copy
-from qat_lightning.errors import ConfigurationError
+from qat_lightning.errors import CalibrationError, ConfigurationError
 from qat_lightning.flows import get_flow
 from qat_lightning.observers import check_ranges
 from qat_lightning.parity import merge
 from qat_lightning.plan import Call, Plan, check_fuse, check_overrides, make_plan
-from qat_lightning.recipe import DynamicPTQ, Recipe, parse_recipe
+from qat_lightning.recipe import AdaRound, DynamicPTQ, Recipe, StaticPTQ, parse_recipe
+from qat_lightning.refinement import refine_layers
 from qat_lightning.report import LayerParity
 from qat_lightning.signature import Signature, widen
 from qat_lightning.state import PreparedState, tensor_names
+from qat_lightning.suitability import adapt
 from qat_lightning.zero_scales import lift_zero_scales
 
 _PREPARED = "prepared"
@@ -34,12 +38,17 @@ def prepare(module: nn.Module, recipe: Recipe | str, example: Call | None = None
         example: a call of the module; needed where an optional argument of ``forward`` is a tensor.
 
     Raises:
-        ConfigurationError: nothing to quantize, an override without a match, a dynamic recipe.
+        ConfigurationError: nothing to quantize, an override without a match, a dynamic recipe, a recipe that equalizes.
         UnsupportedModelError: the flow cannot handle the module; names the line and a flow that can.
     """
     recipe = parse_recipe(recipe)
     if isinstance(recipe, DynamicPTQ):
         raise ConfigurationError("Dynamic quantization has nothing to prepare: use quantize_dynamic(module, recipe).")
+    if isinstance(recipe, StaticPTQ) and recipe.equalize is not None:
+        raise ConfigurationError(
+            f"prepare sees no data, which equalize={recipe.equalize!r} needs: leave it out of the recipe, and prepare what "
+            f"equalize(module, batches, rule={recipe.equalize!r}) returns."
+        )
     module = uncompiled_copy(module)
     check_overrides(recipe, {"": module})
     check_fuse(recipe, {"": module})
@@ -71,6 +80,36 @@ def calibrate(prepared: nn.Module, batches: Iterable[Any], limit: int | None = N
         call.run(bare)
 
     run_calibration([bare], batches, step, limit, progress)
+    return prepared
+
+
+def refine(
+    prepared: nn.Module, batches: Iterable[Any], bias_correction: bool = True, adaround: AdaRound | None = None, progress: bool = False
+) -> nn.Module:
+    """Bring each layer of a calibrated module nearer to float, in place; returns ``prepared``.
+
+    Args:
+        prepared: from :func:`calibrate`, prepared by :class:`StaticPTQ`.
+        batches: inputs of the module, as for :func:`calibrate`; all are held in memory, a few hundred samples are enough.
+        bias_correction: shift the bias of each layer by the mean error of its output, per channel.
+        adaround: settings of learned rounding; None rounds weights to nearest.
+        progress: show a progress bar.
+
+    Raises:
+        CalibrationError: no batch, or a module that was not calibrated.
+        ConfigurationError: the module was not prepared, or for QAT, whose layers refine themselves.
+    """
+    bare = inside(prepared)
+    plan = _require_prepared(bare)
+    if plan.observer is None:
+        raise ConfigurationError(
+            f"refine is for post-training quantization, but the module was prepared by recipe {plan.recipe!r}: train it."
+        )
+    check_ranges(bare, "refine")
+    calls = [as_call(batch) for batch in batches]
+    if not calls:
+        raise CalibrationError("refine got no batch: give it at least one of those of the calibration.")
+    refine_layers(bare.eval(), plan, calls, bias_correction, adaround, progress)
     return prepared
 
 
@@ -135,6 +174,7 @@ def as_call(batch: Any) -> Call:
 def prepare_planned(module: nn.Module, plan: Plan) -> nn.Module:
     """Prepare by a plan; the module is used up and its parameters live on in the result."""
     before = tensor_names(module)
+    adapt(module)
     with torch.random.fork_rng(devices=[]):  # torch.ao draws initial weights for layers it then gives the user's weights
         prepared = get_flow(plan.flow).prepare(module, plan)
     lift_zero_scales(prepared)
@@ -148,7 +188,7 @@ def convert_planned(module: nn.Module, plan: Plan) -> nn.Module:
     PreparedState.detach(module)
     with torch.random.fork_rng(devices=[]):
         int8 = flow.quantize_dynamic(module, plan) if plan.recipe == DynamicPTQ.name else flow.convert(module, plan)
-    return _mark(int8, _INT8, plan)
+    return _keep_engines(_mark(int8, _INT8, plan))
 
 
 def plan_of(module: nn.Module) -> Plan | None:
@@ -192,6 +232,25 @@ def _require_prepared(module: nn.Module) -> Plan:
     if plan is None:
         raise ConfigurationError(f"{type(module).__name__} was not prepared: call prepare(module, recipe) first.")
     return plan
+
+
+def _keep_engines(int8: nn.Module) -> nn.Module:
+    """Let copies of an int8 module have its kernels: torch packs the weights of a copy for whatever engine is set, which may overflow."""
+    vars(int8)["__deepcopy__"] = partial(_copy_packed, int8)
+    return int8
+
+
+def _copy_packed(int8: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Do what ``copy.deepcopy`` does without this function, and pack the weights by the plan."""
+    own = vars(int8).pop("__deepcopy__")
+    try:
+        copied = copy.deepcopy(int8, memo)
+    finally:
+        vars(int8)["__deepcopy__"] = own
+    plan = int8_plan_of(copied)
+    assert plan is not None  # both kinds of modules keep it in a copy
+    get_flow(plan.flow).pack(copied, plan)
+    return _keep_engines(copied)
 
 
 def _mark(module: nn.Module, key: str, plan: Plan) -> nn.Module:

@@ -100,17 +100,18 @@ def check_ranges(module: nn.Module, name: str) -> None:
     Raises:
         CalibrationError: names the first such observer.
     """
-    empty, broken = [], []
+    count, empty, broken = 0, [], []
     for path, child in module.named_modules():
         observer = getattr(child, "activation_post_process", None)
         low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
-        if not hasattr(child, "enable_observer") or path.endswith("weight_fake_quant") or not isinstance(low, Tensor):
+        if not hasattr(child, "enable_observer") or hasattr(child, "measure") or not isinstance(low, Tensor):
             continue
         assert isinstance(high, Tensor)
+        count += 1
         if getattr(child, "saw_no_number", False):
             broken.append(path)
-        elif low.numel() == 0 or (torch.isinf(low).all() and (low > high).all()):
-            empty.append(path)
+        elif _is_empty(low, high):
+            empty += [] if getattr(child, "may_stay_empty", False) else [path]
         elif not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             broken.append(path)
     if broken:
@@ -119,7 +120,13 @@ def check_ranges(module: nn.Module, name: str) -> None:
             f"Check the data and the float model: run the model in float on the same batches and look for NaN."
         )
     if empty:
+        bypassed = " Nothing of it was run: a method other than forward, or a reference kept elsewhere, bypasses the module."
         raise CalibrationError(
             f"{name}: the observer {empty[0]!r} has seen no data ({len(empty)} observers in all), so it has no range. "
             f"Train or calibrate with at least one batch that runs this part of the model, or keep it in float with `overrides`."
+            + (bypassed if len(empty) == count else "")
         )
+
+
+def _is_empty(low: Tensor, high: Tensor) -> bool:
+    return low.numel() == 0 or bool(torch.isinf(low).all() and (low > high).all())

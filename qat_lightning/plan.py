@@ -33,6 +33,7 @@ from qat_lightning.recipe import (
     StaticPTQ,
     check_choice,
 )
+from qat_lightning.suitability import refuse_layer, refuse_module
 
 STATIC_LAYERS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
 DYNAMIC_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *RECURRENT)
@@ -123,15 +124,18 @@ def make_plan(module: nn.Module, recipe: Recipe, name: str = "", example: Call |
         example: a call of the module; decides which optional arguments are tensors. None: they keep their defaults.
 
     Raises:
-        ConfigurationError: the backend is not in this build of torch, or the weight of a layer is computed by a hook.
+        ConfigurationError: the backend is not in this build of torch, or a layer cannot be quantized; see :mod:`.suitability`.
     """
     check_backend(recipe.backend)
     settings = {path: _setting(path, child, module, name, recipe.overrides) for path, child in module.named_modules()}
+    for path, child in module.named_modules() if not isinstance(recipe, DynamicPTQ) else ():
+        if settings[path] is not None:
+            refuse_module(f"{name}.{path}".strip("."), child)
     layers = {}
     for path, child in quantizable_layers(module, recipe):
         override = settings[path]
         if override is not None:
-            _refuse_reparametrized(f"{name}.{path}".strip("."), child)
+            refuse_layer(f"{name}.{path}".strip("."), child)
             layers[path] = _plan_layer(child, recipe, override)
     return Plan(
         recipe=recipe.name,
@@ -141,17 +145,8 @@ def make_plan(module: nn.Module, recipe: Recipe, name: str = "", example: Call |
         float_modules=tuple(_outermost(path for path, override in settings.items() if override is None)),
         fuse=_own_groups(module, name, recipe),
         observer=recipe.observer if isinstance(recipe, StaticPTQ) else None,
-        constants=_constant_arguments(module, example),
+        constants=constant_arguments(module, example),
     )
-
-
-def _refuse_reparametrized(path: str, layer: nn.Module) -> None:
-    """Quantization would take the weight as it is now and leave the parameters behind it out of training."""
-    if "weight" not in layer._parameters and not isinstance(layer, RECURRENT):
-        raise ConfigurationError(
-            f"The weight of {path!r} is computed from {sorted(layer._parameters)} in a hook (pruning, weight or spectral norm). Make it a "
-            f'parameter first, e.g. torch.nn.utils.prune.remove(layer, "weight") or remove_weight_norm(layer), or keep the layer in float.'
-        )
 
 
 def quantizable_layers(module: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:
@@ -248,7 +243,7 @@ def _outermost(paths: Iterable[str]) -> list[str]:
     return kept
 
 
-def _constant_arguments(module: nn.Module, example: Call | None) -> tuple[str, ...]:
+def constant_arguments(module: nn.Module, example: Call | None) -> tuple[str, ...]:
     """Return the arguments of ``forward`` that are left at their default, or are no tensors in the example."""
     signature = inspect.signature(module.forward)
     if example is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -11,10 +12,12 @@ from torch import nn
 
 FlowName: TypeAlias = Literal["fx", "eager"]
 BackendName: TypeAlias = Literal["x86", "fbgemm", "onednn", "qnnpack"]
+EqualizationName: TypeAlias = Literal["weights", "activations"]
 ObserverName: TypeAlias = Literal["histogram", "minmax", "moving_average", "percentile", "entropy"]
 
 FLOWS: tuple[FlowName, ...] = ("fx", "eager")
 BACKENDS: tuple[BackendName, ...] = ("x86", "fbgemm", "onednn", "qnnpack")
+EQUALIZATIONS: tuple[EqualizationName, ...] = ("weights", "activations")
 OBSERVERS: tuple[ObserverName, ...] = ("histogram", "minmax", "moving_average", "percentile", "entropy")
 ACTIVATION_BITS = (7, 8)
 
@@ -78,6 +81,42 @@ class When:
         """Return e.g. ``When(epoch=3)``."""
         name, value = next((name, value) for name, value in vars(self).items() if value is not None)
         return f"When({name}={value})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaRound:
+    """Learned rounding of weights, see :mod:`qat_lightning.adaround`.
+
+    Args:
+        iterations: optimizer steps per layer.
+        samples: positions of a layer's output, drawn from all calibration images, that its error is measured at.
+        lr: learning rate of Adam.
+        regularization: weight of the term that drives weights to one of their two integers, relative to the error of rounding to nearest.
+        folder: layers that are done are kept here, so that an interrupted run goes on where it was; None keeps nothing.
+
+    Raises:
+        ValueError: a number that is not positive.
+        TypeError: a value of another type.
+    """
+
+    iterations: int = 400
+    samples: int = 2048
+    lr: float = 0.03
+    regularization: float = 1.0
+    folder: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("iterations", "samples"):
+            check_count(name, getattr(self, name), minimum=1)
+        for name in ("lr", "regularization"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"Expected argument `{name}` to be a number, but got {value!r}.")
+            if not 0 < value < float("inf"):
+                raise ValueError(f"Expected argument `{name}` to be positive, but got {value}.")
+        if self.folder is not None and not isinstance(self.folder, str | Path):
+            raise TypeError(f"Expected argument `folder` to be a path or None, but got {self.folder!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,19 +247,38 @@ class StaticPTQ(Recipe):
         calibration_batches: how many batches the observers see.
         observer: how a range is chosen: ``"histogram"`` (smallest squared error), ``"minmax"``, ``"moving_average"`` (of the minima and
             maxima of batches), ``"percentile"`` (99.99) or ``"entropy"`` (smallest Kullback-Leibler divergence); see
-            :mod:`qat_lightning.clipping`. Each takes one pass over the batches, and memory that does not grow with their number.
+            :mod:`qat_lightning.range_search`. Each takes one pass over the batches, and memory that does not grow with their number.
+        equalize: rule by which the channels of each layer get ranges of the same size before anything is rounded, fx flow only; see
+            :func:`qat_lightning.equalize`. None: weights stay as they are.
+        bias_correction: shift the bias of each layer by the mean error of its output; see :mod:`qat_lightning.bias_correction`.
+        adaround: learn which weights are rounded up and which down; None rounds to nearest. See :mod:`qat_lightning.adaround`.
     """
 
     name: ClassVar[str] = "ptq"
 
     calibration_batches: int = 32
     observer: ObserverName = "histogram"
+    equalize: EqualizationName | None = None
+    bias_correction: bool = True
+    adaround: AdaRound | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
         check_count("calibration_batches", self.calibration_batches, minimum=1)
         check_choice("observer", self.observer, OBSERVERS)
+        if not isinstance(self.bias_correction, bool):
+            raise TypeError(f"Expected argument `bias_correction` to be a bool, but got {self.bias_correction!r}.")
+        if self.adaround is not None and not isinstance(self.adaround, AdaRound):
+            raise TypeError(
+                f"Expected argument `adaround` to be an AdaRound such as AdaRound(iterations=400), or None, but got {self.adaround!r}."
+            )
+        check_choice("equalize", self.equalize, (*EQUALIZATIONS, None))
+        if self.equalize is not None and self.flow != "fx":
+            raise ValueError(
+                f"Expected argument `equalize` only with flow='fx', which traces the network, but got flow={self.flow!r}. "
+                f"Use flow='fx', or equalize=None and qat_lightning.equalize(module, batches) before."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

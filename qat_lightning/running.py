@@ -116,10 +116,14 @@ def _beside(loader: Any) -> Any:
     return copied
 
 
+def batch_size(batch: Any) -> int:
+    """Return the number of samples: the first dimension of the first tensor."""
+    return next((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0), 0)
+
+
 def first_of_batch(batch: Any) -> Any:
     """Return a batch of the first sample: every tensor whose first dimension is the batch size is cut."""
-    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    size = tensors[0].shape[0] if tensors else 0
+    size = batch_size(batch)
 
     def cut(leaf: Any) -> Any:
         return leaf[:1] if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size else leaf

@@ -56,6 +56,25 @@ def concerns(name: str, modules: Sequence[str] | None) -> bool:
     return modules is None or any(f"{name}.".startswith(f"{chosen}.") or f"{chosen}.".startswith(f"{name}.") for chosen in modules)
 
 
+def refuse_shared_parts(root: nn.Module, modules: Sequence[str] | None) -> None:
+    """Refuse to prepare what lies in, or holds, a module that is prepared already.
+
+    Args:
+        root: the LightningModule.
+        modules: names to prepare; None for what nobody has prepared.
+
+    Raises:
+        ConfigurationError: names both.
+    """
+    for prepared in already(root)[0]:
+        shared = next((name for name in modules or () if concerns(prepared, [name])), None)
+        if shared is not None:
+            raise ConfigurationError(
+                f"The modules to quantize overlap: {shared!r}, of `modules`, and {prepared!r}, which another QuantizationCallback or an "
+                f"earlier fit has prepared. Give callbacks modules of their own, or use a fresh LightningModule."
+            )
+
+
 class CallRecorder:
     """Keeps the arguments that modules are called with, from its making until ``stop``.
 

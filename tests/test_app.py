@@ -13,7 +13,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import OmegaConf
 
 from qat_lightning.app import run
-from qat_lightning.errors import ConfigurationError, QuantizationError
+from qat_lightning.errors import ArtifactError, ConfigurationError, QuantizationError
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["debug=fast", "trainer.accelerator=cpu"]
@@ -103,8 +103,8 @@ def test_phases_of_qat_stay_apart(tmp_path):
 def test_learning_rate_of_qat(choice, share, tmp_path):
     run_app(tmp_path, "+quant=qat", "quant.float_epochs=0", "model.lr=0.05", *choice)
     checkpoint = torch.load(tmp_path / "checkpoints" / "qat" / "last.ckpt", weights_only=True)
-    (schedule,) = checkpoint["lr_schedulers"]
-    assert schedule["base_lrs"] == [pytest.approx(share * 0.05)]
+    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
+    assert group["initial_lr"] == pytest.approx(share * 0.05)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,8 @@ def test_unknown_metric_costs_the_accuracy_not_the_model(tmp_path):
         (["+trainer.callbacks.2._target_=os.system"], "callbacks"),
         (["allowed_targets=my_package"], "allowed_targets"),
         (["data=imagefolder"], r"`data\.root` has no value"),
+        (["model.lr=-1"], r"`model`.*`lr` to be positive, but got -1"),
+        (["model.label_smoothing=2"], r"`model`.*`label_smoothing`"),
         (["seed=${nowhere}"], "nowhere"),
         (["hydra.mode=MULTIRUN", "trainer.devices=2"], "one process per run"),
     ],
@@ -190,6 +192,14 @@ def test_bad_input_is_named_before_training(overrides, message, tmp_path, monkey
     with pytest.raises((QuantizationError, HydraException), match=f"(?s){message}"):
         run_app(tmp_path, *overrides)
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_a_folder_of_others_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.Trainer.fit", lambda *_, **__: pytest.fail("training started"))
+    (tmp_path / "int8").mkdir()
+    (tmp_path / "int8" / "notes.txt").touch()
+    with pytest.raises(ArtifactError, match="int8 exists and is no saved int8 model"):
+        run_app(tmp_path, "+quant=ptq")
 
 
 @pytest.mark.parametrize(

@@ -329,3 +329,12 @@ def test_a_best_checkpoint_that_is_gone_costs_nothing(tmp_path, caplog):
 
 def test_adopting_changes_nothing_by_itself():
     assert plan_of(Adopting().net) is None
+
+
+def test_the_home_folder_has_a_short_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = Plain()
+    torch.save(source.state_dict(), tmp_path / "float.pt")
+    module = Plain()
+    load_float_weights(module, "~/float.pt")
+    assert torch.equal(module.net.fc.weight, source.net.fc.weight)

@@ -62,6 +62,11 @@ ARGUMENTS = {
     "modules as a number": (lambda: QuantizationCallback("qat", modules=3), TypeError, "`modules` to be a list of names.*3"),
     "no modules": (lambda: QuantizationCallback("qat", modules=[]), ValueError, "`modules` to name at least one module"),
     "calibration data as a number": (lambda: QuantizationCallback("ptq", calibration_data=3), TypeError, "`calibration_data`.*3"),
+    "one tensor": (
+        lambda: QuantizationCallback("ptq", calibration_data=torch.ones(2)),
+        TypeError,
+        r"got a Tensor: one batch is \[tensor\]",
+    ),
     "unknown argument": (lambda: QAT(bits=8), TypeError, "bits"),
     "unknown backend": (
         lambda: QAT(backend="cuda"),
@@ -286,6 +291,55 @@ def test_a_network_that_diverged(flow, first):
 
     with pytest.raises(QuantizationError, match=r"'net'.*NaN or infinite"):
         fit(qat(flow=flow), Diverging(), max_epochs=1)
+
+
+class Parts(ModuleNet):
+    """Called by its parts alone, past forward."""
+
+    def features(self, x):
+        return self.relu1(self.bn1(self.conv1(x)))
+
+
+class ByParts(Plain):
+    def __init__(self):
+        super().__init__(Parts())
+
+    def training_step(self, batch, batch_idx):
+        return self.net.features(batch[0]).mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.net.features(batch[0])
+
+
+@pytest.mark.parametrize(
+    ("flow", "message"),
+    [("fx", "one graph of Parts.forward, so its method 'features' is gone.*`modules`"), ("eager", "has seen no data")],
+)
+def test_a_module_that_is_called_by_other_methods(flow, message):
+    with pytest.raises(QuantizationError, match=message):
+        fit(qat(flow=flow), ByParts(), max_epochs=1)
+    fit(QuantizationCallback(QAT(flow=flow), modules=["net.conv1"]), ByParts(), max_epochs=1)
+
+
+def test_a_reference_past_the_module_is_told():
+    class Kept(Plain):
+        def __init__(self):
+            super().__init__()
+            self.kept = [self.net]
+
+        def training_step(self, batch, batch_idx):
+            return self.kept[0](batch[0]).mean()
+
+    with pytest.raises(CalibrationError, match=r"Nothing of it was run: .* a reference kept elsewhere"):
+        fit(qat(calibration_batches=0), Kept(), max_epochs=1)
+
+
+@pytest.mark.parametrize("modules", [["net.fc"], ["net"]], ids=str)
+def test_callbacks_whose_modules_overlap(modules):
+    second = QuantizationCallback("qat", modules)
+    first = QuantizationCallback("qat", ["net"] if modules == ["net.fc"] else ["net.fc"])
+    with pytest.raises(ConfigurationError, match=r"overlap: 'net(\.fc)?', of `modules`, and 'net(\.fc)?', which another"):
+        fit(first, watching=[second])
 
 
 def test_a_part_that_never_runs():

@@ -1,9 +1,12 @@
 """Calibrated ranges when fake-quant begins."""
 
+import itertools
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from qat_lightning import QAT, CalibrationError, QuantizationCallback, StaticPTQ, When
 from qat_lightning.observers import fake_quants
@@ -187,3 +190,28 @@ def test_outputs_are_those_of_the_float_net_up_to_rounding():
     callback = QuantizationCallback(QAT(**FIXED))
     fit(callback, module, max_epochs=1)
     torch.testing.assert_close(callback.quantized_module.net(IMAGES), expected, atol=0.1 * float(expected.abs().max()), rtol=0)
+
+
+class Streamed(Images):
+    """Batches of unknown number."""
+
+    def train_dataloader(self):
+        class Stream(IterableDataset):
+            def __iter__(stream):
+                return iter(zip(self.images, self.labels, strict=True))
+
+        return DataLoader(Stream(), batch_size=16)
+
+
+@pytest.mark.parametrize("trainer", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 8}], ids=str)
+def test_data_without_a_length(trainer):
+    callback = QuantizationCallback(QAT())
+    fit(callback, data=Streamed(), **trainer)
+    assert callback.report.parity_passed
+
+
+def test_an_iterator_of_calibration_data_serves_beginning_and_end():
+    batches = ((Images().images[:8], Images().labels[:8]) for _ in itertools.count())
+    callback = QuantizationCallback(QAT(calibration_batches=3), calibration_data=batches)
+    fit(callback)
+    assert callback.report.parity_passed

@@ -9,7 +9,7 @@ from torchvision.datasets import ImageFolder
 
 from qat_lightning.data.base import SplitData, split_indices
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.recipe import check_choice
+from qat_lightning.recipe import check_choice, check_count
 
 
 class ImageFolderData(SplitData):
@@ -18,7 +18,8 @@ class ImageFolderData(SplitData):
     Args:
         root: folder of the data.
         num_classes: number of class folders.
-        image_size: images are resized to this shorter side and cropped in the centre; None takes them as they are.
+        image_size: side of the square that is cropped from the centre; None takes images as they are.
+        resize_size: shorter side of an image before it is cropped, e.g. 256 for 224; None: ``image_size``.
         mean: of each channel, for pixels in [0, 1].
         std: of each channel, for pixels in [0, 1].
         augment: ``"none"``, or ``"crop_flip"``: shifted by up to four pixels where ``image_size`` is None, else randomly resized crops.
@@ -29,7 +30,8 @@ class ImageFolderData(SplitData):
         in_channels: 3; torchvision loads every image in colour.
 
     Raises:
-        ValueError: an unknown augmentation.
+        ValueError: an unknown augmentation, or a size out of range.
+        TypeError: a size that is no integer.
         ConfigurationError: a missing or empty folder, or classes that differ between the folders.
     """
 
@@ -38,6 +40,7 @@ class ImageFolderData(SplitData):
         root: str | Path,
         num_classes: int,
         image_size: int | None = None,
+        resize_size: int | None = None,
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
         augment: Literal["none", "crop_flip"] = "crop_flip",
@@ -49,10 +52,17 @@ class ImageFolderData(SplitData):
     ) -> None:
         super().__init__(batch_size, num_workers, seed, num_classes)
         check_choice("augment", augment, ("none", "crop_flip"))
+        if image_size is not None:
+            check_count("image_size", image_size, minimum=1)
+        if resize_size is not None:
+            check_count("resize_size", resize_size, minimum=image_size or 1)
+            if image_size is None:
+                raise ConfigurationError(f"`resize_size={resize_size}` needs `image_size`, to which images are cropped afterwards.")
         if in_channels != 3:
             raise ConfigurationError(f"`in_channels={in_channels}`: images are loaded in colour, with 3 channels.")
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.image_size = image_size
+        self.resize_size = image_size if resize_size is None else resize_size
         self.normalize = T.Compose([T.ToTensor(), T.Normalize(list(mean), list(std))])
         self.augment = augment
         self.val_fraction = val_fraction
@@ -81,7 +91,7 @@ class ImageFolderData(SplitData):
         return folder
 
     def _evaluation(self) -> Any:
-        resize = [] if self.image_size is None else [T.Resize(self.image_size), T.CenterCrop(self.image_size)]
+        resize = [] if self.image_size is None else [T.Resize(self.resize_size), T.CenterCrop(self.image_size)]
         return T.Compose([*resize, self.normalize])
 
     def _training(self) -> Any:

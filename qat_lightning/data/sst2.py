@@ -51,7 +51,7 @@ class SST2Data(SplitData):
         super().__init__(batch_size, num_workers, seed, num_classes)
         check_count("vocab_size", vocab_size, minimum=3)
         check_count("max_length", max_length, minimum=1)
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_length = max_length

@@ -73,7 +73,7 @@ class TorchvisionData(SplitData):
             raise ConfigurationError(
                 f"{dataset} has {len(self.facts.mean)} channels and {self.facts.size} pixels a row, not {in_channels} and {width}."
             )
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.download = download
         self.val_fraction = val_fraction
         self.augment = augment

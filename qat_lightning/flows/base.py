@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 
 from torch import nn
 
+from qat_lightning.layerwise import Visit
 from qat_lightning.plan import STATIC_LAYERS, Call, Plan
 from qat_lightning.recipe import FLOWS, check_choice
 from qat_lightning.report import LayerParity, LayerReport
@@ -36,6 +37,10 @@ class Flow(Protocol):
 
     def parity(self, prepared: nn.Module, int8: nn.Module, calls: Sequence[Call]) -> list[LayerParity]:
         """Compare the two layer by layer, each int8 layer fed with what its fake-quantized twin was fed with."""
+        ...
+
+    def walk(self, prepared: nn.Module, calls: Sequence[Call], visit: Visit, progress: bool) -> None:
+        """Visit the layers of a calibrated module in the order in which they run, each with its inputs in int8 and in float."""
         ...
 
     def pack(self, int8: nn.Module, plan: Plan) -> None:

@@ -33,7 +33,9 @@ from qat_lightning.deprecation import quiet
 from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.flows.base import Parent, with_parent
 from qat_lightning.flows.blame import line_of_node
+from qat_lightning.flows.clipping import Limits, free_clips, limits_of
 from qat_lightning.flows.torch_ao import (
+    STATELESS_TYPES,
     choose_observer,
     dynamic_qconfig,
     initialize,
@@ -45,17 +47,19 @@ from qat_lightning.flows.torch_ao import (
     reference_of,
     static_qconfig,
 )
-from qat_lightning.fusion import check_groups, find_groups
+from qat_lightning.flows.walking import walk_modules
+from qat_lightning.fusion import Group, check_groups, find_groups
+from qat_lightning.layerwise import Visit
 from qat_lightning.models.layers import Add
 from qat_lightning.observers import fake_quants
 from qat_lightning.parity import Reference, compare
 from qat_lightning.plan import Call, Plan
 from qat_lightning.report import LayerParity, LayerReport
 
-__all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic"]
+__all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic", "walk"]
 
 # torch.ao would swap them, but has no fake-quant for their weights: training and parity would not see their rounding.
-FLOAT_TYPES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, *RECURRENT, *TRANSPOSED)
+FLOAT_TYPES: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, *RECURRENT, *TRANSPOSED, *STATELESS_TYPES)
 # Layers that move or select values without computing new ones: on int8 they return what fake-quant returned.
 EXACT_TYPES: tuple[type[nn.Module], ...] = (
     *(nn.ReLU, nn.Identity, nn.Flatten, nn.Unflatten),
@@ -98,10 +102,14 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
     _swap_additions(module)
     module.train(plan.observer is None)
     with quiet():
-        _fuse(module, plan)
+        limits = _fuse(module, plan)
         _set_qconfigs(module, plan)
         _add_stubs(module, plan)
         prepared = prepare_qat(module.train(), inplace=True)
+    for name, limit in limits.items():
+        cast(Any, prepared.get_submodule(name)).activation_post_process.limits = limit
+    for stub in _stubs_of_wish(prepared, plan):
+        stub.activation_post_process.may_stay_empty = True
     if any(layer.kernel.activation_bits < 8 for layer in plan.layers.values()):
         for fake_quant in fake_quants(prepared):  # without a graph nobody knows which output feeds which layer
             limit_activation(fake_quant, 7)
@@ -143,6 +151,11 @@ def parity(prepared: nn.Module, int8: nn.Module, calls: Sequence[Call]) -> list[
         references = _record(prepared, call)
         found.extend(_follow(int8, call, references))
     return found
+
+
+def walk(prepared: nn.Module, calls: Sequence[Call], visit: Visit, progress: bool) -> None:
+    """Visit the layers in the order in which they run; see :class:`qat_lightning.flows.base.Flow`."""
+    walk_modules(prepared, calls, visit, progress)
 
 
 # --- what eager mode cannot run ----------------------------------------------------------------------------------------------
@@ -224,15 +237,33 @@ def _swap_additions(module: nn.Module) -> None:
             module.set_submodule(name, FunctionalAdd(child.relu).train(child.training))
 
 
-def _fuse(module: nn.Module, plan: Plan) -> None:
+def _fuse(module: nn.Module, plan: Plan) -> dict[str, Limits]:
+    """Fuse, and return the limits of the clips that are left to the saturation of fused layers, by the name of the layer."""
     if plan.fuse is not None:
         check_groups(module, plan.fuse)
         groups = list(plan.fuse)
     else:
         groups = [group for group in find_groups(module) if not any(_stays_float(name, plan) for name in group)]
+    limits, groups = _take_clips(module, plan, groups)
     if groups:
         fuse: Any = fuse_modules if plan.observer is not None else fuse_modules_qat
         fuse(module, [list(group) for group in groups], inplace=True)
+    return limits
+
+
+def _take_clips(module: nn.Module, plan: Plan, groups: Sequence[Group]) -> tuple[dict[str, Limits], list[Group]]:
+    """Put a ReLU in place of the ReLU6 at the end of a group; where saturation cannot clip, leave it out of the group."""
+    limits, kept = {}, []
+    for group in groups:
+        clip = limits_of(module.get_submodule(group[-1]))
+        if clip is not None and group[0] in plan.layers and free_clips(plan):
+            module.set_submodule(group[-1], nn.ReLU().train(module.training))
+            limits[group[0]] = clip
+        elif clip is not None:
+            group = group[:-1]
+        if len(group) > 1:
+            kept.append(group)
+    return limits, kept
 
 
 def _stays_float(name: str, plan: Plan) -> bool:
@@ -254,7 +285,7 @@ def _add_stubs(module: nn.Module, plan: Plan) -> None:
     for name, child in list(module.named_modules()):
         if name and _runs_in_float(name, child, plan):
             vars(child)["qconfig"] = None
-            if isinstance(child, nn.Sequential):
+            if isinstance(child, nn.Sequential | nn.Softmax):  # torch looks for no stub inside a Softmax
                 child = Parent(child)
                 vars(child)["qconfig"] = None
                 module.set_submodule(name, child)
@@ -265,6 +296,14 @@ def _add_stubs(module: nn.Module, plan: Plan) -> None:
         module.register_forward_hook(_dequantize_output)
 
 
+def _stubs_of_wish(prepared: nn.Module, plan: Plan) -> Iterator[Any]:
+    """Yield the stubs behind modules that the user keeps in float, also because forward never calls them."""
+    for name in plan.float_modules:
+        stub = getattr(prepared.get_submodule(name), "output_stub", None)
+        if stub is not None:
+            yield stub
+
+
 def _runs_in_float(name: str, child: nn.Module, plan: Plan) -> bool:
     """Whether the module is the outermost of what stays float, by the user's wish or for want of an int8 kernel."""
     if _stays_float(name, plan):
@@ -273,8 +312,8 @@ def _runs_in_float(name: str, child: nn.Module, plan: Plan) -> bool:
         return True
     is_layer = next(child.children(), None) is None
     swapped = {*get_default_static_quant_module_mappings(), *DEFAULT_MODULE_TO_ACT_POST_PROCESS}
-    # torch's int8 ReLU6 keeps the grid of its input, whatever range training has given its output.
-    swapped.discard(nn.ReLU6)
+    # torch's int8 ReLU6 keeps the grid of its input, whatever range training has given its output; Softmax has no int8 kernel.
+    swapped -= {nn.ReLU6, nn.Softmax}
     return is_layer and type(child) not in EXACT_TYPES and type(child) not in swapped
 
 

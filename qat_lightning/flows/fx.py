@@ -1,8 +1,11 @@
 """The fx flow: FX graph mode of ``torch.ao.quantization``. Traces the module, so functional operations are quantized too."""
 
 import inspect
+import logging
 import operator
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +17,9 @@ from torch.ao.quantization import (
     get_default_qat_qconfig_mapping,
 )
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
+from torch.ao.quantization.fx.fuse import fuse
 from torch.ao.quantization.fx.tracer import QuantizationTracer
-from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx, prepare_qat_fx
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -24,7 +28,10 @@ from qat_lightning.deprecation import quiet
 from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.flows.base import with_parent
 from qat_lightning.flows.blame import line_of_error, line_of_node, short_message
+from qat_lightning.flows.clipping import free_clips, give_limits, take_clips
+from qat_lightning.flows.sharing import original, unshare, with_copies
 from qat_lightning.flows.torch_ao import (
+    STATELESS_TYPES,
     FollowingFakeQuantize,
     choose_observer,
     dynamic_qconfig,
@@ -38,27 +45,36 @@ from qat_lightning.flows.torch_ao import (
     reference_of,
     static_qconfig,
 )
+from qat_lightning.flows.unused import drop_unused, keep_unused
+from qat_lightning.flows.walking import walk_graph
+from qat_lightning.layerwise import Visit
 from qat_lightning.modes import evaluating
 from qat_lightning.parity import Reference, compare
 from qat_lightning.plan import Call, Plan
 from qat_lightning.report import LayerParity, LayerReport
 
-__all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic"]
+__all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic", "walk"]
 
-# Their weights have no fake-quant in torch.ao, so that training and parity would not see their rounding.
+log = logging.getLogger(__name__)
+
+# Functions whose weights are arguments: torch keeps these, packed, in the state dict, where nothing but a pickle could hold them.
+WEIGHTED_FUNCTIONS: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d, F.linear)
+# The others' weights have no fake-quant in torch.ao, so that training and parity would not see their rounding.
 FLOAT_TYPES: tuple[Any, ...] = (
     nn.Embedding,
     nn.EmbeddingBag,
     nn.MultiheadAttention,
     *RECURRENT,
     *TRANSPOSED,
+    *STATELESS_TYPES,
+    *WEIGHTED_FUNCTIONS,
     F.conv_transpose1d,
     F.conv_transpose2d,
     F.conv_transpose3d,
     F.embedding,
 )
 DROPOUTS: dict[Any, type[nn.Module]] = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d, F.alpha_dropout: nn.AlphaDropout}
-KERNEL_OPS = ("conv1d", "conv2d", "conv3d", "linear")
+PARTS = (torch.chunk, torch.split, torch.unbind, torch.tensor_split, "chunk", "split", "unbind", "tensor_split", "split_with_sizes")
 
 
 def prepare(module: nn.Module, plan: Plan) -> nn.Module:
@@ -69,14 +85,20 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
     with quiet():
         post_training = plan.observer is not None
         source = _specialise(module.train(not post_training), plan)
+        copied = with_copies(plan, source)
+        clips = take_clips(source, copied) if free_clips(plan) else []
         if post_training:
-            source = fuse_fx(source, fuse_custom_config=None)
-        custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(module, plan))
-        prepared = prepare_qat_fx(source.train(), _static_mapping(plan), (torch.zeros(1),), prepare_custom_config=custom)
-    _pass_ranges_through_dropout(prepared)
+            source = fuse(source, is_qat=False)
+        custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(copied))
+        prepared = prepare_qat_fx(source.train(), _static_mapping(copied), (torch.zeros(1),), prepare_custom_config=custom)
+    give_limits(prepared, clips)
+    _leave_tuples(prepared)
+    _pass_ranges_on(prepared)
     _limit_inputs(prepared, plan)
     _choose_observers(prepared, plan)
     initialize(prepared)
+    if not post_training:
+        keep_unused(prepared, module)
     _Surface.of(module, plan).attach(prepared)
     return prepared.train(training)
 
@@ -85,7 +107,8 @@ def convert(prepared: nn.Module, plan: Plan) -> nn.Module:
     """Return the int8 graph; see :class:`qat_lightning.flows.base.Flow`."""
     assert isinstance(prepared, fx.GraphModule)
     surface = _Surface.found_on(prepared)
-    with quiet(), engine(plan.backend):
+    drop_unused(prepared)
+    with quiet(), engine(plan.backend), _masked(prepared, plan):
         int8 = convert_fx(prepared.eval())
     pack(int8, plan)
     surface.attach(int8)
@@ -97,11 +120,12 @@ def quantize_dynamic(module: nn.Module, plan: Plan) -> nn.Module:
     if "" in plan.layers:
         module, plan = with_parent(module, plan)
     mapping = QConfigMapping()
-    for name, layer in plan.layers.items():
-        mapping.set_module_name(name, dynamic_qconfig(layer))
     with quiet(), engine(plan.backend):
         source = _specialise(module.eval(), plan)
-        custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(module, plan))
+        copied = with_copies(plan, source)
+        for name, layer in copied.layers.items():
+            mapping.set_module_name(name, dynamic_qconfig(layer))
+        custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(copied))
         int8 = convert_fx(prepare_fx(source, mapping, (torch.zeros(1),), prepare_custom_config=custom))
     pack(int8, plan)
     _Surface.of(module, plan).attach(int8)
@@ -109,16 +133,12 @@ def quantize_dynamic(module: nn.Module, plan: Plan) -> nn.Module:
 
 
 def layers(int8: nn.Module, plan: Plan) -> Iterator[LayerReport]:
-    """Yield the layers that run in int8, functional ones under the name of their graph node."""
-    yield from layer_reports(int8, plan)
-    assert isinstance(int8, fx.GraphModule)
-    for node in int8.graph.nodes:
-        if node.op == "call_function" and _is_kernel(node.target):
-            yield LayerReport(layer=node.name, engine=plan.backend, activation_bits=8, per_channel=plan_per_channel(plan))
+    """Yield the layers that run in int8."""
+    return layer_reports(int8, plan)
 
 
 def plan_per_channel(plan: Plan) -> bool:
-    """Whether functional layers, which no plan names, have one weight scale per channel."""
+    """Whether layers have one weight scale per channel unless the plan says otherwise."""
     return all(layer.per_channel for layer in plan.layers.values())
 
 
@@ -134,6 +154,13 @@ def parity(prepared: nn.Module, int8: nn.Module, calls: Sequence[Call]) -> list[
         follower.run(*inputs)
         found.extend(follower.layers)
     return found
+
+
+def walk(prepared: nn.Module, calls: Sequence[Call], visit: Visit, progress: bool) -> None:
+    """Visit the layers in the order of the graph; see :class:`qat_lightning.flows.base.Flow`."""
+    assert isinstance(prepared, fx.GraphModule)
+    surface = _Surface.found_on(prepared)
+    walk_graph(prepared, [surface.positional(call.args, call.kwargs) for call in calls], visit, progress)
 
 
 # --- tracing -----------------------------------------------------------------------------------------------------------------
@@ -158,7 +185,11 @@ def trace(module: nn.Module, plan: Plan) -> fx.Graph:
     Raises:
         UnsupportedModelError: names the submodule and the line that cannot be traced.
     """
-    tracer = _Tracer(_untraced(module, plan), [])
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in inspect.signature(module.forward).parameters.values()):
+        raise UnsupportedModelError(
+            f"flow='fx' cannot trace {type(module).__name__}.forward, which takes *args: name its arguments, or use flow='eager'."
+        )
+    tracer = _Tracer(_untraced(plan), [])
     tracer.record_stack_traces = True
     constants = {name: inspect.signature(module.forward).parameters[name].default for name in plan.constants}
     try:
@@ -176,14 +207,33 @@ def _explain_trace(error: Exception, module: nn.Module, path: str) -> str:
     )
 
 
-def _specialise(module: nn.Module, plan: Plan) -> nn.Module:
-    """Check that ``module`` can be traced and return it, or its graph where arguments of ``forward`` are constants."""
+def _specialise(module: nn.Module, plan: Plan) -> fx.GraphModule:
+    """Return the graph of ``module``, arguments that are constants, layers that are shared and what computes nothing taken care of."""
     graph = trace(module, plan)
     if module.training:
         _refuse_training_branches(module, plan, graph)
-    dropouts = [node for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]
-    if not plan.constants and not dropouts:
-        return module
+    if plan.constants:
+        _erase_constants(graph, plan)
+    specialised = fx.GraphModule(module, graph)
+    for node in [node for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]:
+        _modularise_dropout(specialised, node)
+    _drop_identities(specialised)
+    unshare(specialised)
+    _warn_of_weighted_functions(graph)
+    return specialised
+
+
+def _warn_of_weighted_functions(graph: fx.Graph) -> None:
+    staying = [node for node in graph.nodes if node.op == "call_function" and node.target in WEIGHTED_FUNCTIONS]
+    if staying:
+        log.warning(
+            "%d functional convolutions or linear layers, or subclasses of torch's, stay in float, from %r at %s on: the fx flow quantizes "
+            "torch's own modules.",
+            *(len(staying), staying[0].target.__name__, line_of_node(staying[0])),
+        )
+
+
+def _erase_constants(graph: fx.Graph, plan: Plan) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none"):
             graph.erase_node(node)
@@ -191,10 +241,15 @@ def _specialise(module: nn.Module, plan: Plan) -> nn.Module:
         name = next((name for name in plan.constants if node.target.rpartition("_")[0] == name), None)
         if name is not None and not node.users:
             graph.erase_node(node)
-    specialised = fx.GraphModule(module, graph)
-    for node in dropouts:
-        _modularise_dropout(specialised, node)
-    return specialised
+
+
+def _drop_identities(module: fx.GraphModule) -> None:
+    """Remove modules that return their input: one between a convolution and its ReLU would keep them from being fused."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and type(module.get_submodule(node.target)) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.recompile()
 
 
 def _modularise_dropout(module: fx.GraphModule, node: fx.Node) -> None:
@@ -224,9 +279,9 @@ def _refuse_training_branches(module: nn.Module, plan: Plan, training_graph: fx.
             )
 
 
-def _untraced(module: nn.Module, plan: Plan) -> list[str]:
-    """Return the containers that stay float: they are called as they are and need not be traceable."""
-    return [name for name in plan.float_modules if name and any(True for _ in module.get_submodule(name).children())]
+def _untraced(plan: Plan) -> list[str]:
+    """Return the modules that stay float: they are called as they are and need not be traceable."""
+    return [name for name in plan.float_modules if name]
 
 
 # --- configuration -----------------------------------------------------------------------------------------------------------
@@ -250,6 +305,19 @@ def _static_mapping(plan: Plan) -> QConfigMapping:
     return mapping
 
 
+@contextmanager
+def _masked(prepared: nn.Module, plan: Plan) -> Iterator[None]:
+    """Give modules that stay float another type for the time of the block: torch swaps some types whatever their qconfig."""
+    staying = [child for name, child in prepared.named_modules() if original(name) in plan.float_modules or type(child) in STATELESS_TYPES]
+    for child in staying:
+        child.__class__ = type(type(child).__name__, (type(child),), {})
+    try:
+        yield
+    finally:
+        for child in staying:
+            child.__class__ = type(child).__bases__[0]
+
+
 def _is_fixed(constructor: Any) -> bool:
     """Whether the qconfig is for an operation whose output range is known, such as sigmoid."""
     return isinstance(constructor(), FixedQParamsFakeQuantize) if callable(constructor) else False
@@ -258,17 +326,35 @@ def _is_fixed(constructor: Any) -> bool:
 # --- after prepare -----------------------------------------------------------------------------------------------------------
 
 
-def _pass_ranges_through_dropout(prepared: fx.GraphModule) -> None:
+def _leave_tuples(prepared: fx.GraphModule) -> None:
+    """Remove fake-quant from what returns several tensors, parts of one that is rounded already: torch would hand it the tuple."""
+    for node in list(prepared.graph.nodes):
+        source = node.args[0] if node.args else None
+        if isinstance(source, fx.Node) and source.target in PARTS and node.op == "call_module" and _is_fake_quant(prepared, node):
+            node.replace_all_uses_with(source)
+            prepared.graph.erase_node(node)
+            prepared.delete_submodule(str(node.target))
+    prepared.recompile()
+
+
+def _pass_ranges_on(prepared: fx.GraphModule) -> None:
+    """Let fake-quant follow the one before where int8 rounds nothing: behind dropout, and a product with a number, which scales a grid."""
     for node in prepared.graph.nodes:
-        if node.op != "call_module" or not isinstance(prepared.get_submodule(node.target), _DropoutNd):
-            continue
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or source.op != "call_module":
+        source, factor = node.args[0] if node.args else None, _factor(prepared, node)
+        if factor == 0 or not isinstance(source, fx.Node) or source.op != "call_module":
             continue
         before = prepared.get_submodule(str(source.target))
         for user in node.users:
             if isinstance(before, FakeQuantizeBase) and user.op == "call_module" and _is_fake_quant(prepared, user):
-                prepared.set_submodule(str(user.target), FollowingFakeQuantize(before))
+                prepared.set_submodule(str(user.target), FollowingFakeQuantize(before, factor))
+
+
+def _factor(prepared: fx.GraphModule, node: fx.Node) -> float:
+    """Return the number that the node multiplies its first argument by, in evaluation; 0 where it does something else."""
+    if node.op == "call_module":
+        return 1.0 if isinstance(prepared.get_submodule(str(node.target)), _DropoutNd) else 0.0
+    factor = node.args[1] if node.target in (operator.mul, operator.imul, torch.mul) and len(node.args) == 2 else 0.0
+    return float(factor) if isinstance(factor, int | float) else 0.0
 
 
 def _is_fake_quant(prepared: fx.GraphModule, node: fx.Node) -> bool:
@@ -311,7 +397,8 @@ class _Surface:
     @staticmethod
     def of(module: nn.Module, plan: Plan) -> "_Surface":
         own = vars(nn.Module())
-        attributes = {name: value for name, value in vars(module).items() if name not in own and not name.startswith("_")}
+        attributes: dict[str, Any] = {name: partial(_refuse_method, type(module).__name__, name) for name in _methods(type(module))}
+        attributes |= {name: value for name, value in vars(module).items() if name not in own and not name.startswith("_")}
         return _Surface(attributes, inspect.signature(module.forward), plan.constants)
 
     @staticmethod
@@ -322,7 +409,8 @@ class _Surface:
 
     def attach(self, module: fx.GraphModule) -> None:
         for name, value in self.attributes.items():
-            setattr(module, name, value)
+            if not (isinstance(value, partial) and hasattr(type(module), name)):
+                setattr(module, name, value)
         vars(module)["_surface"] = self
         if self.constants:
             module.register_forward_pre_hook(self, with_kwargs=True)
@@ -348,6 +436,21 @@ class _Surface:
                     f"that gives {name!r}, so that the trace sees it; or use flow='eager'."
                 )
         return tuple(value for name, value in bound.arguments.items() if name not in self.constants)
+
+
+def _methods(kind: type) -> Iterator[str]:
+    """Yield the public methods that a user's class adds to torch's."""
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] != "torch":
+            yield from (name for name, value in vars(base).items() if inspect.isfunction(value) and not hasattr(nn.Module, name))
+
+
+def _refuse_method(owner: str, name: str, *args: Any, **kwargs: Any) -> None:
+    """Take the place of a method besides forward, which no trace has seen."""
+    raise UnsupportedModelError(
+        f"flow='fx' makes one graph of {owner}.forward, so its method {name!r} is gone. Call the module itself, or name with `modules` the "
+        f"parts that {name!r} calls."
+    )
 
 
 # --- parity ------------------------------------------------------------------------------------------------------------------
@@ -401,7 +504,3 @@ def _only_reshapes(node: fx.Node) -> bool:
         "permute",
         "contiguous",
     )
-
-
-def _is_kernel(target: Any) -> bool:
-    return getattr(target, "__module__", "") == "torch._ops.quantized" and target.__name__.startswith(KERNEL_OPS)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.ao.quantization.observer import MinMaxObserver, MovingAverageMinMaxObserver, UniformQuantizationObserverBase
 
-from qat_lightning.clipping import RangeSearch, entropy_range, least_squares_range, percentile_range
 from qat_lightning.histogram import BINS, merge, seen
+from qat_lightning.range_search import RangeSearch, entropy_range, least_squares_range, percentile_range
 
 
 class RangeObserver(UniformQuantizationObserverBase):

@@ -20,7 +20,9 @@ from torch.ao.quantization import (
 from qat_lightning.affine import SMALLEST_SCALE, QParams
 from qat_lightning.backend import engine
 from qat_lightning.deprecation import quiet
+from qat_lightning.flows.clipping import Limits
 from qat_lightning.flows.range_observers import ACTIVATION_OBSERVERS
+from qat_lightning.flows.sharing import original
 from qat_lightning.observers import fake_quants, measure_weights
 from qat_lightning.parity import Reference
 from qat_lightning.plan import LayerPlan, Plan
@@ -28,6 +30,8 @@ from qat_lightning.report import LayerReport
 
 # The kernels store -128 too; the scale is such that only a weight that grew after its range was frozen gets there.
 WEIGHT_RANGE = {"quant_min": -128, "quant_max": 127}
+# Torch keeps the scale of their int8 forms, and the weight of PReLU's, out of the state dict, and PReLU's kernel wants other weights.
+STATELESS_TYPES: tuple[type[nn.Module], ...] = (nn.PReLU, nn.ELU)
 KERNEL_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 
@@ -36,7 +40,17 @@ def _round(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, 0, 255).to(x.dtype)
 
 
-class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
+class LimitedFakeQuantize:
+    """What the fake-quants of activations share: the limits of a clip that saturation makes, see :mod:`qat_lightning.flows.clipping`."""
+
+    limits: Limits | None = None
+
+    def clip(self, x: Tensor) -> Tensor:
+        """Return ``x`` within the limits, if there are any."""
+        return x if self.limits is None else x.clamp(*self.limits)
+
+
+class TrainingFakeQuantize(LimitedFakeQuantize, FusedMovingAvgObsFakeQuantize):
     """Fake-quant of activations during training: torch's fused module, computed in float32 whatever the precision.
 
     The qparams in use are those the forward pass rounded with. Torch computes them a second time for the conversion, by a formula
@@ -51,8 +65,8 @@ class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
         if not x.is_floating_point():
             return x
         if self.observer_enabled[0]:
-            return super().forward(x.float()).to(x.dtype)
-        return _round(x, self.scale, self.zero_point) if self.fake_quant_enabled[0] else x
+            return super().forward(self.clip(x.float())).to(x.dtype)
+        return _round(x, self.scale, self.zero_point) if self.fake_quant_enabled[0] else self.clip(x)
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return scale and zero point."""
@@ -66,6 +80,7 @@ class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
         own = self.activation_post_process
         settings = {"quant_min": own.quant_min, "quant_max": own.quant_max, "dtype": self.dtype, "qscheme": self.qscheme}
         twin: CalibratedFakeQuantize = _constructor(CalibratedFakeQuantize, observer=ACTIVATION_OBSERVERS[observer], **settings)()
+        twin.limits = self.limits
         return twin.to(self.scale.device)
 
     def take_range(self, twin: "CalibratedFakeQuantize") -> None:
@@ -80,6 +95,10 @@ class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
         high = (observer.quant_max - twin.zero_point) * twin.scale
         self.activation_post_process.min_val.copy_(low.squeeze())
         self.activation_post_process.max_val.copy_(high.squeeze())
+
+    def freeze_range(self) -> None:
+        """Compute scale and zero point from what the observer has seen while fake-quant was off."""
+        self.follow_observer()
 
     def follow_observer(self) -> None:
         """Set scale and zero point for the range that the observer holds, by the formula of the forward pass."""
@@ -135,7 +154,7 @@ class WeightFakeQuantize(FakeQuantize):
         return WEIGHT_RANGE["quant_min"], WEIGHT_RANGE["quant_max"]
 
 
-class CalibratedFakeQuantize(FakeQuantize):
+class CalibratedFakeQuantize(LimitedFakeQuantize, FakeQuantize):
     """Fake-quant of activations whose range is computed once, by ``freeze_range``, after the observer has seen all calibration data.
 
     Torch's own searches the best range anew in every forward pass, which takes most of the time with a histogram.
@@ -149,9 +168,9 @@ class CalibratedFakeQuantize(FakeQuantize):
         if not x.is_floating_point():
             return x
         if self.observer_enabled[0]:
-            self._observe(x.detach().float())
+            self._observe(self.clip(x.detach().float()))
         if not self.fake_quant_enabled[0]:
-            return x
+            return self.clip(x)
         return _round(x, self.scale, self.zero_point)
 
     def _observe(self, x: Tensor) -> None:
@@ -176,17 +195,19 @@ class CalibratedFakeQuantize(FakeQuantize):
 
 
 class FollowingFakeQuantize(FakeQuantizeBase):
-    """Takes the place of fake-quant behind an operation that is none in evaluation: dropout.
+    """Takes the place of fake-quant behind an operation that moves no integer in int8: dropout in evaluation, a product with a number.
 
-    In int8 there is nothing behind dropout, so its output has the range of its input. A range of its own, which training gives it
-    in torch, would round in the simulation what int8 does not round.
+    Its output has the integers of its input, on the same or on a scaled grid. A range of its own, which training gives it in torch,
+    would round in the simulation what int8 does not round.
 
     Args:
         source: the fake-quant in front of the operation.
+        factor: the number, not 0.
     """
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, factor: float = 1.0) -> None:
         super().__init__()
+        self.factor = factor
         # In a list, so that it is not registered as a submodule a second time.
         self.sources = [source]
         self.dtype, self.qscheme, self.ch_axis, self.is_dynamic = source.dtype, source.qscheme, source.ch_axis, False
@@ -197,9 +218,9 @@ class FollowingFakeQuantize(FakeQuantizeBase):
         return x
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return scale and zero point of the source."""
+        """Return scale and zero point of the source, for integers that a negative factor has mirrored."""
         scale, zero_point = self.sources[0].calculate_qparams()
-        return scale, zero_point
+        return scale * abs(self.factor), zero_point if self.factor > 0 else 255 - zero_point
 
 
 def _constructor(fake_quant: Any, **settings: Any) -> Any:
@@ -254,8 +275,9 @@ def reference_of(fake_quant: Any, output: Tensor) -> Reference:
 
 
 def planned_layer(plan: Plan, name: str) -> LayerPlan | None:
-    """Return the plan of the layer, also where the module has been given a parent."""
-    return plan.layers.get(name) or plan.layers.get(name.removeprefix("wrapped").removeprefix("."))
+    """Return the plan of the layer, also where the module has been given a parent or is the copy for a second call."""
+    own = original(name).removeprefix("wrapped").removeprefix(".")
+    return plan.layers.get(name) or plan.layers.get(own)
 
 
 def pack(int8: nn.Module, plan: Plan) -> None:

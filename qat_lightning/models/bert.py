@@ -1,5 +1,6 @@
 """BERT for sentence classification, by Hugging Face's transformers (extra ``text``)."""
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class BertNet(nn.Module):
         config: arguments of ``transformers.BertConfig``, on top of a tiny model's; only without ``path``.
 
     Raises:
-        ConfigurationError: transformers is not installed, or ``path`` is no folder, or comes with ``config``.
+        ConfigurationError: transformers is not installed, ``path`` is no folder or comes with ``config``, or ``config`` has an unknown key.
     """
 
     def __init__(self, num_classes: int = 2, path: str | None = None, config: Mapping[str, Any] | None = None) -> None:
@@ -31,15 +32,26 @@ class BertNet(nn.Module):
             raise ConfigurationError('BertNet needs transformers: pip install "qat-lightning[text]".') from error
         if path is None:
             settings = {**TINY, **(config or {}), "num_labels": num_classes}
-            self.bert = BertForSequenceClassification(BertConfig(**settings))
+            _refuse_unknown(settings, BertConfig().to_dict())
+            self.bert: nn.Module = BertForSequenceClassification(BertConfig(**settings))
             return
         if config:
             raise ConfigurationError("Expected either `path` or `config`, but got both: a pretrained model has a config of its own.")
-        if not Path(path).is_dir():
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
             raise ConfigurationError(f"`path={path}` is no folder: give one that `save_pretrained` has written.")
-        self.bert = BertForSequenceClassification.from_pretrained(path, num_labels=num_classes, local_files_only=True)
+        # A folder of half-precision weights would train, and be quantized, in half precision.
+        pretrained: nn.Module = BertForSequenceClassification.from_pretrained(folder, num_labels=num_classes, local_files_only=True)
+        self.bert = pretrained.float()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         """Return logits ``(N, num_classes)`` for token ids ``(N, L)``, int64; the mask is 1 at tokens and 0 at padding."""
         logits: Tensor = self.bert(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).logits
         return logits
+
+
+def _refuse_unknown(settings: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Transformers keeps whatever it is given, a misspelt name too."""
+    for name in settings.keys() - known.keys() - {"num_labels"}:
+        close = difflib.get_close_matches(name, known, n=3) or sorted(known)
+        raise ConfigurationError(f"`config` has the key {name!r}, which transformers.BertConfig does not have. Names are e.g. {close}.")

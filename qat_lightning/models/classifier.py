@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.recipe import check_count
+
 WARM_UP = 0.05
 """Part of the run in which the learning rate rises."""
 
@@ -26,6 +29,10 @@ class Classifier(LightningModule):
         optimizer: called with the parameters and ``lr``; None: SGD with Nesterov momentum 0.9 and weight decay 5e-4.
         cosine: let the learning rate fall to zero along a cosine after a short warm-up; needs a run whose end is known.
         label_smoothing: in [0, 1).
+
+    Raises:
+        ValueError: a value out of range.
+        TypeError: a value of another type.
     """
 
     def __init__(
@@ -38,6 +45,10 @@ class Classifier(LightningModule):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        check_count("num_classes", num_classes, minimum=2)
+        _check_number("lr", lr, "positive", lambda value: value > 0)
+        _check_number("label_smoothing", label_smoothing, "in [0, 1)", lambda value: 0 <= value < 1)
+        self.num_classes = num_classes
         self.net = net
         self.lr = lr
         self.optimizer = optimizer or _sgd
@@ -87,6 +98,10 @@ class Classifier(LightningModule):
 
     def _step(self, stage: str, batch: Any, accuracy: Metric) -> Tensor:
         logits, labels = self._logits(batch), _labels(batch)
+        if logits.shape[-1] != self.num_classes:
+            raise ConfigurationError(
+                f"The network returns {logits.shape[-1]} numbers a sample, but `num_classes={self.num_classes}`: give both the same."
+            )
         loss: Tensor = self.loss(logits, labels)
         accuracy(logits, labels)
         self.log(f"{stage}/loss", loss, batch_size=len(labels), sync_dist=stage != "train")
@@ -97,6 +112,13 @@ class Classifier(LightningModule):
         if isinstance(batch, Mapping):
             return self(**{name: value for name, value in batch.items() if name != "labels"})
         return self(batch if isinstance(batch, Tensor) else batch[0])
+
+
+def _check_number(argument: str, value: object, wanted: str, fits: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"Expected argument `{argument}` to be a number, but got {value!r}.")
+    if not fits(value):
+        raise ValueError(f"Expected argument `{argument}` to be {wanted}, but got {value}.")
 
 
 def _labels(batch: Any) -> Tensor:

@@ -81,6 +81,27 @@ def test_image_folder_resizes(augment, tmp_path):
     assert len(data.val_set) == 20
 
 
+def test_image_folder_crops_what_it_has_resized(tmp_path):
+    root = make_images(tmp_path, splits=("train", "test"))
+    for path in root.glob("test/*/*"):
+        Image.linear_gradient("L").save(path)
+    small, large = (
+        ready(ImageFolderData(root, num_classes=2, image_size=12, resize_size=size, num_workers=0)).test_set[0][0] for size in (None, 24)
+    )
+    assert small.shape == large.shape == (3, 12, 12) and not torch.equal(small, large)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [({"image_size": 0}, ValueError), ({"image_size": 12, "resize_size": 8}, ValueError), ({"image_size": 2.5}, TypeError)],
+)
+def test_image_folder_checks_its_sizes(arguments, error):
+    with pytest.raises(error, match="_size"):
+        ImageFolderData("images", num_classes=2, **arguments)
+    with pytest.raises(ConfigurationError, match="`resize_size=24` needs `image_size`"):
+        ImageFolderData("images", num_classes=2, resize_size=24)
+
+
 @pytest.mark.parametrize(
     ("arguments", "make", "message"),
     [
@@ -164,3 +185,16 @@ def test_sentence_errors(changes, message, tmp_path):
 def test_missing_sentences(tmp_path):
     with pytest.raises(ConfigurationError, match=r"train\.tsv is missing"):
         ready(SST2Data(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda root: ImageFolderData(root, num_classes=2),
+        lambda root: SST2Data(root),
+        lambda root: TorchvisionData("mnist", root, in_channels=1, width=28),
+    ],
+)
+def test_the_home_folder_has_a_short_name(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build("~/images").root == tmp_path / "images"

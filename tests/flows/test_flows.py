@@ -18,7 +18,7 @@ from qat_lightning import (
     prepare,
     quantize_dynamic,
 )
-from qat_lightning.backend import supported_backends
+from qat_lightning.backend import engine, supported_backends
 from qat_lightning.core import int8_plan_of
 from qat_lightning.flows import get_flow
 from qat_lightning.observers import apply_phase
@@ -283,3 +283,34 @@ def test_relu6_behind_a_wide_convolution_has_the_grid_it_was_given(flow):
         net[0].weight.copy_(30 * torch.randn(8, 1, 3, 3, generator=torch.Generator().manual_seed(0)))
     prepared, int8 = quantize(net, StaticPTQ(flow=flow), Call((IMAGES,), {}))
     assert max(layer.max_steps for layer in measure_parity(prepared, int8, [IMAGES])) <= 1
+
+
+@pytest.mark.parametrize("kind", [QAT, StaticPTQ])
+@pytest.mark.parametrize("factor", [4, 0.3, -2.0, 0])
+def test_a_product_with_a_number_is_exact(factor, kind):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.fc(torch.maximum(x, x * factor) * factor)
+
+    prepared, int8 = quantize(Scaled(), kind(), Call((IMAGES,), {}))
+    assert max(layer.max_steps for layer in measure_parity(prepared, int8, [IMAGES])) <= 1
+
+
+@pytest.mark.skipif("fbgemm" not in supported_backends(), reason="needs the engine whose kernels overflow")
+@pytest.mark.parametrize("flow", ["fx", "eager"])
+def test_a_copy_has_the_kernels_of_the_original(flow):
+    net = nn.Sequential(nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 3, groups=8)).eval()
+    for layer in net:
+        nn.init.ones_(layer.weight)
+    x = IMAGES.abs().clamp(min=2)
+    int8 = convert(calibrate(prepare(net, StaticPTQ(flow=flow)), [x]))
+    holder = nn.ModuleList([int8])
+    with engine("fbgemm"):
+        copied = copy.deepcopy(copy.deepcopy(holder))[0]
+    assert torch.equal(copied(x), int8(x)) and int8_plan_of(copied) == int8_plan_of(int8)
+    assert copied is not int8 and not {id(child) for child in copied.modules()} & {id(child) for child in int8.modules()}

@@ -62,10 +62,26 @@ def test_torchvision_errors(arguments, message):
         torchvision_net(**arguments)
 
 
+@pytest.mark.parametrize("name", ["squeezenet1_1", "googlenet"])
+def test_torchvision_networks_with_other_heads(name):
+    net = torchvision_net(name, num_classes=5, in_channels=1).train()
+    assert net(torch.randn(2, 1, 64, 64)).shape == (2, 5)
+
+
 def test_torchvision_weights_of_another_shape(tmp_path):
     torch.save(torchvision_net("mobilenet_v3_small", num_classes=4).state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(ConfigurationError, match=re.compile("do not fit.*size mismatch", re.DOTALL)):
-        torchvision_net("mobilenet_v3_small", num_classes=5, weights=str(tmp_path / "weights.pt"))
+    with pytest.raises(ConfigurationError, match=re.compile("do not fit.*(Missing key|size mismatch)", re.DOTALL)):
+        torchvision_net("resnet18", num_classes=4, weights=str(tmp_path / "weights.pt"))
+
+
+def test_torchvision_weights_of_another_class_count_and_of_colour(tmp_path, caplog):
+    source = torchvision_net("mobilenet_v3_small", num_classes=4)
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    net = torchvision_net("mobilenet_v3_small", num_classes=5, in_channels=1, weights=str(tmp_path / "weights.pt"))
+    assert net(torch.randn(2, 1, 32, 32)).shape == (2, 5)
+    assert torch.equal(net.classifier[0].weight, source.classifier[0].weight)
+    torch.testing.assert_close(net.features[0][0].weight, source.features[0][0].weight.sum(1, keepdim=True))
+    assert "the last layer is new" in caplog.text
 
 
 def test_bert_from_a_config_and_from_a_folder(tmp_path):
@@ -74,6 +90,19 @@ def test_bert_from_a_config_and_from_a_folder(tmp_path):
     net.bert.save_pretrained(tmp_path)
     ids = torch.randint(0, 50, (3, 7))
     assert torch.equal(BertNet(num_classes=2, path=str(tmp_path)).eval()(ids), net(ids, attention_mask=torch.ones_like(ids)))
+
+
+def test_bert_is_single_precision_whatever_the_folder_holds(tmp_path):
+    pytest.importorskip("transformers")
+    net = BertNet(config={"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16})
+    net.bert.half().save_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in BertNet(path=str(tmp_path)).parameters()} == {torch.float32}
+
+
+def test_bert_names_a_misspelt_setting():
+    pytest.importorskip("transformers")
+    with pytest.raises(ConfigurationError, match=r"`config` has the key 'hiden_size'.*'hidden_size'"):
+        BertNet(config={"hiden_size": 16})
 
 
 def test_bert_refuses_a_missing_folder():
@@ -93,3 +122,23 @@ def test_bert_refuses_a_missing_folder():
 )
 def test_classifier_predicts_labelled_and_unlabelled_batches(batch):
     assert Classifier(nn.Linear(6, 3), num_classes=3).predict_step(batch).shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"lr": -0.1}, ValueError, "`lr` to be positive, but got -0.1"),
+        ({"lr": "fast"}, TypeError, "`lr` to be a number, but got 'fast'"),
+        ({"label_smoothing": 1}, ValueError, r"`label_smoothing` to be in \[0, 1\), but got 1"),
+        ({"label_smoothing": True}, TypeError, "`label_smoothing`.*True"),
+        ({"num_classes": 0}, ValueError, "`num_classes` to be at least 2"),
+    ],
+)
+def test_classifier_checks_its_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Classifier(nn.Linear(6, 3), **{"num_classes": 3, **arguments})
+
+
+def test_classifier_names_a_network_of_another_width():
+    with pytest.raises(ConfigurationError, match="returns 3 numbers a sample, but `num_classes=4`"):
+        Classifier(nn.Linear(6, 3), num_classes=4).training_step((torch.randn(4, 6), torch.zeros(4).long()), 0)

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from qat_lightning.affine import choose_qparams
-from qat_lightning.clipping import entropy_range, least_squares_range, percentile_range, squared_error
 from qat_lightning.histogram import Density, seen
+from qat_lightning.range_search import entropy_range, least_squares_range, percentile_range, squared_error
 
 SEARCHES = pytest.mark.parametrize("search", [least_squares_range, percentile_range, entropy_range])
 BITS = pytest.mark.parametrize("q_max", [255, 127])

@@ -1,0 +1,45 @@
+"""What a refinement of a calibrated module sees of it: one layer after the other, with what goes into it in int8 and in float."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer that is visited. BatchNorm is folded into it.
+
+    Args:
+        name: of the layer.
+        layer: a convolution or linear layer of the prepared module, with a ``weight_fake_quant``.
+        twin: the same layer in float.
+        inputs: what goes into the layer, rounded, a tensor per batch.
+        float_inputs: what goes into the twin.
+        limits: between which a ReLU or a clip behind the layer keeps its output.
+    """
+
+    name: str
+    layer: Any
+    twin: Any
+    inputs: Sequence[Tensor]
+    float_inputs: Sequence[Tensor]
+    limits: tuple[float, float]
+
+
+Visit: TypeAlias = Callable[[LayerCase], None]
+
+
+def linear_part(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Return what a convolution or linear layer gives with another weight, in front of its activation."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, layer.bias)
+    output: Tensor = layer._conv_forward(x, weight, layer.bias)
+    return output
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Return the dimension of the output channels in the output of a layer."""
+    return -1 if isinstance(layer, nn.Linear) else 1
