@@ -1,7 +1,7 @@
 """Quantization as functions on modules, for whoever has no Trainer: prepare, calibrate, convert, quantize_dynamic."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -166,8 +166,8 @@ def as_call(batch: Any) -> Call:
     """Return a batch as the arguments of a module."""
     if isinstance(batch, Call):
         return batch
-    if isinstance(batch, dict):
-        return Call((), batch)
+    if isinstance(batch, Mapping):  # a tokenizer's result is no dict
+        return Call((), dict(batch))
     return Call(tuple(batch), {}) if isinstance(batch, list | tuple) else Call((batch,), {})
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from qat_lightning.errors import QuantizationError
+from qat_lightning.histogram import merge
 from qat_lightning.observers import fake_quants
 
 T = TypeVar("T")
@@ -107,7 +108,7 @@ class Seen:
         batches: how many batches the process has run.
         low: minimum, or its moving average; infinite where nothing was seen.
         high: maximum, or its moving average.
-        histogram: counts between ``low`` and ``high``; None where the observer keeps none.
+        histogram: counts, as in :mod:`qat_lightning.histogram`; None where the observer keeps none.
         saw_no_number: whether an activation was NaN or infinite.
     """
 
@@ -121,8 +122,8 @@ class Seen:
 def merge_calibration(modules: Iterable[nn.Module], batches: int, processes: Processes) -> int:
     """Give the observers of every process what those of all have seen; the result is the same on each.
 
-    Minima and maxima are exact. Histograms are mapped to the common range and added in order of rank, by the observer's own arithmetic.
-    Moving averages are averaged with the number of batches as weights: each is an average over the batches of its process.
+    Minima, maxima and histograms are those of one process that saw everything. Moving averages are averaged with the number of batches
+    as weights: each is an average over the batches of its process.
 
     Args:
         modules: calibrated, before their ranges are frozen.
@@ -161,7 +162,8 @@ def merge_extremes(extremes: Sequence[tuple[Tensor, Tensor]], processes: Process
 
 def _seen(quant: Any, batches: int) -> Seen:
     observer = quant.activation_post_process
-    return Seen(batches, observer.min_val, observer.max_val, getattr(observer, "histogram", None), quant.saw_no_number)
+    low, high, histogram = observer.min_val.cpu(), observer.max_val.cpu(), getattr(observer, "histogram", None)
+    return Seen(batches, low, high, None if histogram is None else histogram.cpu(), quant.saw_no_number)
 
 
 def _merge(quant: Any, everyone: Sequence[Seen]) -> None:
@@ -176,11 +178,9 @@ def _merge(quant: Any, everyone: Sequence[Seen]) -> None:
         low, high = (weights * low).sum() / weights.sum(), (weights * high).sum() / weights.sum()
     else:
         low, high = low.min(), high.max()
-    if hasattr(observer, "histogram"):
-        total = torch.zeros_like(observer.histogram)
-        for seen in known:
-            total = observer._combine_histograms(seen.histogram, seen.low, seen.high, total, low, high)
-        observer.histogram.copy_(total)
+    histograms = [(float(seen.low), float(seen.high), seen.histogram) for seen in known if seen.histogram is not None]
+    if histograms:
+        observer.histogram.copy_(merge(histograms)[2])
     observer.min_val.copy_(low)
     observer.max_val.copy_(high)
 

@@ -42,10 +42,21 @@ RECIPES = (QAT.name, StaticPTQ.name, DynamicPTQ.name)
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer is quantized."""
+    """How one layer is quantized.
+
+    Args:
+        kernel: what runs it.
+        per_channel: one weight scale per output channel.
+        observer: how calibration chooses the range of its output; None: as for everything else.
+    """
 
     kernel: Kernel
     per_channel: bool
+    observer: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what the types leave open."""
+        check_choice("observer", self.observer, (None, *OBSERVERS))
 
 
 @dataclass(frozen=True)
@@ -205,11 +216,11 @@ def _plan_layer(layer: nn.Module, recipe: Recipe, override: LayerOverride) -> La
     per_channel = recipe.per_channel if override.per_channel is None else override.per_channel
     bits = recipe.activation_bits if override.activation_bits is None else override.activation_bits
     if override.engine is not None:
-        return LayerPlan(Kernel(override.engine, 8 if bits == "auto" else bits), per_channel)
+        return LayerPlan(Kernel(override.engine, 8 if bits == "auto" else bits), per_channel, override.observer)
     if isinstance(recipe, DynamicPTQ):
         # The dynamic kernels choose the range of their inputs themselves: 7 bits, but for qnnpack.
         return LayerPlan(Kernel(recipe.backend, 8 if recipe.backend == "qnnpack" else 7), per_channel and type(layer) not in RECURRENT)
-    return LayerPlan(choose_kernel(recipe.backend, LayerShape.of(layer), bits, per_channel), per_channel)
+    return LayerPlan(choose_kernel(recipe.backend, LayerShape.of(layer), bits, per_channel), per_channel, override.observer)
 
 
 def _setting(path: str, child: nn.Module, root: nn.Module, root_name: str, overrides: Mapping[OverrideKey, Any]) -> LayerOverride | None:

@@ -13,12 +13,12 @@ from torch import nn
 FlowName: TypeAlias = Literal["fx", "eager"]
 BackendName: TypeAlias = Literal["x86", "fbgemm", "onednn", "qnnpack"]
 EqualizationName: TypeAlias = Literal["weights", "activations"]
-ObserverName: TypeAlias = Literal["histogram", "minmax", "moving_average"]
+ObserverName: TypeAlias = Literal["histogram", "minmax", "moving_average", "percentile", "entropy"]
 
 FLOWS: tuple[FlowName, ...] = ("fx", "eager")
 BACKENDS: tuple[BackendName, ...] = ("x86", "fbgemm", "onednn", "qnnpack")
 EQUALIZATIONS: tuple[EqualizationName, ...] = ("weights", "activations")
-OBSERVERS: tuple[ObserverName, ...] = ("histogram", "minmax", "moving_average")
+OBSERVERS: tuple[ObserverName, ...] = ("histogram", "minmax", "moving_average", "percentile", "entropy")
 ACTIVATION_BITS = (7, 8)
 
 
@@ -136,11 +136,13 @@ class LayerOverride:
         per_channel: one weight scale per output channel (True) or one for the whole tensor (False).
         activation_bits: value range of the layer's input, 7 or 8 bits.
         engine: the engine whose kernel runs the layer, e.g. ``"qnnpack"``.
+        observer: how calibration chooses the range of the layer's output, that of the operations fused with it.
     """
 
     per_channel: bool | None = None
     activation_bits: int | None = None
     engine: BackendName | None = None
+    observer: ObserverName | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -150,6 +152,8 @@ class LayerOverride:
             check_choice("activation_bits", self.activation_bits, ACTIVATION_BITS)
         if self.engine is not None:
             check_choice("engine", self.engine, BACKENDS)
+        if self.observer is not None:
+            check_choice("observer", self.observer, OBSERVERS)
 
 
 OverrideKey: TypeAlias = str | type[nn.Module]
@@ -213,7 +217,7 @@ class QAT(Recipe):
         start: fake-quant begins here, observers watch from the first step; None: at once.
         calibration_batches: how many batches the activation ranges are calibrated with when fake-quant begins, as in post-training
             quantization; 0 for none: ranges start with the first batch, which suits a network that starts untrained.
-        observer: how the calibration chooses a range: ``"histogram"`` (smallest squared error), ``"minmax"``, ``"moving_average"``.
+        observer: how the calibration chooses a range, as in :class:`StaticPTQ`.
             Until observers are frozen, training moves the ranges on by a moving average of minima and maxima.
         distillation: share of the gradient that comes from the float model in place of the loss, in [0, 1]; see
             :mod:`qat_lightning.distillation`. The float model is the module as it is when it is prepared: leave 0 for an untrained one.
@@ -250,7 +254,9 @@ class StaticPTQ(Recipe):
 
     Args:
         calibration_batches: how many batches the observers see.
-        observer: how a range is chosen: ``"histogram"`` (smallest squared error), ``"minmax"``, ``"moving_average"``.
+        observer: how a range is chosen: ``"histogram"`` (smallest squared error), ``"minmax"``, ``"moving_average"`` (of the minima and
+            maxima of batches), ``"percentile"`` (99.99) or ``"entropy"`` (smallest Kullback-Leibler divergence); see
+            :mod:`qat_lightning.range_search`. Each takes one pass over the batches, and memory that does not grow with their number.
         equalize: rule by which the channels of each layer get ranges of the same size before anything is rounded, fx flow only; see
             :func:`qat_lightning.equalize`. None: weights stay as they are.
         bias_correction: shift the bias of each layer by the mean error of its output; see :mod:`qat_lightning.bias_correction`.
@@ -307,6 +313,13 @@ class DynamicPTQ(Recipe):
         """Check the values."""
         super().__post_init__()
         _check_drop(self.max_accuracy_drop)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        for key, override in self.overrides.items():
+            if isinstance(override, LayerOverride) and override.observer is not None:
+                raise ValueError(f"Expected no `observer` in `overrides[{key!r}]`: dynamic quantization measures ranges at each call.")
 
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (QAT, StaticPTQ, DynamicPTQ)}

@@ -212,7 +212,7 @@ def change_plan(folder: Path, random: Random) -> None:
                 lambda: plan.update(flow=random.choice(["fx", "eager"])),
                 lambda: plan.update(backend=random.choice(["x86", "fbgemm", "onednn", "qnnpack"])),
                 lambda: plan.update(recipe=random.choice(["qat", "ptq", "dynamic"])),
-                lambda: plan.update(observer=random.choice([None, "histogram", "minmax", "moving_average"])),
+                lambda: plan.update(observer=random.choice([None, "histogram", "minmax", "moving_average", "percentile", "entropy"])),
                 lambda: plan.update(float_modules=random.sample(names, random.randrange(4))),
                 lambda: plan.update(fuse=[random.sample(names, random.randrange(4)) for _ in range(random.randrange(3))]),
                 lambda: plan.update(constants=random.sample(["x", "mask", "self", "__class__", "args"], random.randrange(3))),

@@ -113,7 +113,7 @@ def test_a_folder_holds_weights_and_a_manifest_and_nothing_else(artifact):
     assert manifest["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability() and manifest["metrics"] == {}
     plan = manifest["targets"][""]["plan"]
     assert (plan["recipe"], plan["flow"], plan["backend"]) == ("ptq", "fx", "x86")
-    assert plan["layers"]["conv1"] == {"kernel": {"engine": "x86", "activation_bits": 8}, "per_channel": True}
+    assert plan["layers"]["conv1"] == {"kernel": {"engine": "x86", "activation_bits": 8}, "per_channel": True, "observer": None}
     assert manifest["targets"][""]["inputs"] == [{"name": "args[0]", "dtype": "float32", "shape": [None, 1, 8, 8]}]
 
 
@@ -352,7 +352,10 @@ def test_damaged_and_malicious_artifacts_are_refused_by_name(damage, message, ar
         ({"float_modules": ["fc", "fc"]}, "a module is named twice"),
         ({"fuse": [[]]}, "a group to fuse is empty"),
         ({"constants": ["os"]}, "its forward has no optional argument 'os'"),
-        ({"layers": {"pool": {"kernel": {"engine": "x86", "activation_bits": 8}, "per_channel": True}}}, "it has no layer 'pool'"),
+        (
+            {"layers": {"pool": {"kernel": {"engine": "x86", "activation_bits": 8}, "per_channel": True, "observer": None}}},
+            "it has no layer 'pool'",
+        ),
         ({"fuse": [["conv1", "fc"]], "flow": "eager"}, "was saved from another model than ModuleNet"),
     ],
 )

@@ -9,7 +9,7 @@ PLAN = {
     "recipe": "qat",
     "flow": "fx",
     "backend": "x86",
-    "layers": {"fc": {"kernel": {"engine": "x86", "activation_bits": 8}, "per_channel": True}},
+    "layers": {"fc": {"kernel": {"engine": "x86", "activation_bits": 8}, "per_channel": True, "observer": None}},
     "float_modules": ["head"],
     "fuse": None,
     "observer": None,
@@ -52,8 +52,13 @@ def test_a_plan_survives_json():
         ({"layers": {"fc": {}}}, "`layers.fc.kernel` is missing"),
         ({"layers": {"fc": {**PLAN["layers"]["fc"], "per_channel": 1}}}, "`layers.fc.per_channel` must be of type bool, but is 1"),
         (
-            {"layers": {"fc": {"kernel": {"engine": "x86", "activation_bits": 9}, "per_channel": True}}},
+            {"layers": {"fc": {"kernel": {"engine": "x86", "activation_bits": 9}, "per_channel": True, "observer": None}}},
             "`layers.fc.kernel`: Expected argument `activation_bits` to be one of (7, 8), but got 9",
+        ),
+        (
+            {"layers": {"fc": {**PLAN["layers"]["fc"], "observer": "mode"}}},
+            "`layers.fc`: Expected argument `observer` to be one of (None, 'histogram', 'minmax', "
+            "'moving_average', 'percentile', 'entropy'), but got 'mode'",
         ),
         ({"float_modules": ["a", None]}, "`float_modules[1]` must be of type str, but is None"),
         ({"fuse": [["a"], "b"]}, "`fuse[1]` must be of type list, but is 'b'"),

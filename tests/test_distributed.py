@@ -164,14 +164,8 @@ def test_calibration_is_split_and_merged(flow, observer, found):
     assert {*ours["pixels"], *theirs["pixels"]} == {*single["pixels"]}
     if observer == "moving_average":
         return
-    assert same(extremes(ours["quants"]), extremes(single["quants"]))
-    for name, value in ours["quants"].items():
-        if name.endswith("histogram"):
-            assert torch.isclose(value.sum(), single["quants"][name].sum())
-        if name.endswith("scale"):
-            torch.testing.assert_close(value, single["quants"][name], rtol=0 if observer == "minmax" else 0.02, atol=0)
-    if observer == "minmax":
-        assert ours["layers"] == single["layers"]
+    assert same(ours["quants"], single["quants"]) and ours["layers"] == single["layers"]
+    assert any(name.endswith("histogram") for name in ours["quants"]) == (observer != "minmax")
 
 
 def test_moving_averages_are_weighted_by_batches(flow, found):

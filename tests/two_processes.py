@@ -22,7 +22,7 @@ LOUDER = 100  # how many times the data of rank 1 are larger
 STEPS = 3
 FLOWS = ("fx", "eager")
 TWO_BATCHES = {"accumulate_grad_batches": 2}
-OBSERVERS = ("histogram", "minmax", "moving_average")
+OBSERVERS = ("histogram", "minmax", "moving_average", "entropy")
 LABELS = torch.arange(8) % 4
 GENERATOR = torch.Generator().manual_seed(5)
 PARTS = [[torch.randn(8, 1, 8, 8, generator=GENERATOR) * scale for _ in range(STEPS + 1)] for scale in (1, LOUDER)]

@@ -36,6 +36,7 @@ from qat_lightning.flows.blame import line_of_node
 from qat_lightning.flows.clipping import Limits, free_clips, limits_of
 from qat_lightning.flows.torch_ao import (
     STATELESS_TYPES,
+    choose_observer,
     dynamic_qconfig,
     initialize,
     layer_reports,
@@ -112,6 +113,8 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
     if any(layer.kernel.activation_bits < 8 for layer in plan.layers.values()):
         for fake_quant in fake_quants(prepared):  # without a graph nobody knows which output feeds which layer
             limit_activation(fake_quant, 7)
+    for name, layer in plan.layers.items():
+        choose_observer(getattr(prepared.get_submodule(name), "activation_post_process", None), layer.observer)
     initialize(prepared)
     return cast(nn.Module, prepared.train(training))
 

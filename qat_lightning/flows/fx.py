@@ -34,6 +34,7 @@ from qat_lightning.flows.sharing import original, unshare, with_copies
 from qat_lightning.flows.torch_ao import (
     STATELESS_TYPES,
     FollowingFakeQuantize,
+    choose_observer,
     dynamic_qconfig,
     initialize,
     layer_reports,
@@ -96,6 +97,7 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
     _leave_tuples(prepared)
     _pass_ranges_on(prepared)
     _limit_inputs(prepared, plan)
+    _choose_observers(prepared, plan)
     initialize(prepared)
     if not post_training:
         keep_unused(prepared, module)
@@ -370,6 +372,17 @@ def _limit_inputs(prepared: fx.GraphModule, plan: Plan) -> None:
         source = node.args[0]
         if isinstance(source, fx.Node) and source.op == "call_module":
             limit_activation(prepared.get_submodule(str(source.target)), planned.kernel.activation_bits)
+
+
+def _choose_observers(prepared: fx.GraphModule, plan: Plan) -> None:
+    """Give the outputs of layers the observers of their own; by the qconfig of a layer, torch would observe its input, too."""
+    for node in prepared.graph.nodes:
+        planned = planned_layer(plan, node.target) if node.op == "call_module" else None
+        if planned is None:
+            continue
+        for user in node.users:
+            if user.op == "call_module":
+                choose_observer(prepared.get_submodule(str(user.target)), planned.observer)
 
 
 class _Surface:

@@ -9,7 +9,6 @@ from torch.ao.quantization import (
     FakeQuantize,
     FakeQuantizeBase,
     FusedMovingAvgObsFakeQuantize,
-    HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     PerChannelMinMaxObserver,
@@ -22,17 +21,13 @@ from qat_lightning.affine import SMALLEST_SCALE, QParams
 from qat_lightning.backend import engine
 from qat_lightning.deprecation import quiet
 from qat_lightning.flows.clipping import Limits
+from qat_lightning.flows.range_observers import ACTIVATION_OBSERVERS
 from qat_lightning.flows.sharing import original
 from qat_lightning.observers import fake_quants, measure_weights
 from qat_lightning.parity import Reference
 from qat_lightning.plan import LayerPlan, Plan
 from qat_lightning.report import LayerReport
 
-ACTIVATION_OBSERVERS = {
-    "histogram": HistogramObserver,
-    "minmax": MinMaxObserver,
-    "moving_average": MovingAverageMinMaxObserver,
-}
 # The kernels store -128 too; the scale is such that only a weight that grew after its range was frozen gets there.
 WEIGHT_RANGE = {"quant_min": -128, "quant_max": 127}
 # Torch keeps the scale of their int8 forms, and the weight of PReLU's, out of the state dict, and PReLU's kernel wants other weights.
@@ -62,6 +57,9 @@ class TrainingFakeQuantize(LimitedFakeQuantize, FusedMovingAvgObsFakeQuantize):
     that differs in the last bit, enough to move a value by a step.
     """
 
+    calibration: str | None = None
+    """How its range is calibrated before training; None: as those of all others."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` rounded to the grid, in the dtype of ``x``; integers pass through."""
         if not x.is_floating_point():
@@ -77,7 +75,8 @@ class TrainingFakeQuantize(LimitedFakeQuantize, FusedMovingAvgObsFakeQuantize):
         return super().calculate_qparams()
 
     def twin(self, observer: str) -> "CalibratedFakeQuantize":
-        """Return a fake-quant of the same value range that is calibrated by ``observer``."""
+        """Return a fake-quant of the same value range that is calibrated by ``observer``, unless a layer's override says otherwise."""
+        observer = self.calibration or observer
         own = self.activation_post_process
         settings = {"quant_min": own.quant_min, "quant_max": own.quant_max, "dtype": self.dtype, "qscheme": self.qscheme}
         twin: CalibratedFakeQuantize = _constructor(CalibratedFakeQuantize, observer=ACTIVATION_OBSERVERS[observer], **settings)()
@@ -175,7 +174,8 @@ class CalibratedFakeQuantize(LimitedFakeQuantize, FakeQuantize):
         return _round(x, self.scale, self.zero_point)
 
     def _observe(self, x: Tensor) -> None:
-        if torch.isfinite(x).all():
+        # The extremes are NaN where a value is, and cost a tenth of looking at each.
+        if x.numel() == 0 or torch.stack(torch.aminmax(x)).isfinite().all():
             self.activation_post_process(x)
         else:
             self.saw_no_number = True
@@ -353,6 +353,18 @@ def limit_activation(fake_quant: nn.Module, bits: int) -> None:
     """Give the output of ``fake_quant`` fewer bits, for a kernel that saturates with all eight."""
     if isinstance(fake_quant, TrainingFakeQuantize | CalibratedFakeQuantize):
         fake_quant.activation_post_process.quant_max = 2**bits - 1
+
+
+def choose_observer(fake_quant: Any, observer: str | None) -> None:
+    """Have the range of ``fake_quant`` calibrated by the observer of that name; None leaves it as it is."""
+    if observer is None:
+        return
+    if isinstance(fake_quant, TrainingFakeQuantize):
+        fake_quant.calibration = observer
+    elif isinstance(fake_quant, CalibratedFakeQuantize):
+        own: Any = fake_quant.activation_post_process
+        settings = {"quant_min": own.quant_min, "quant_max": own.quant_max, "dtype": fake_quant.dtype, "qscheme": fake_quant.qscheme}
+        fake_quant.activation_post_process = ACTIVATION_OBSERVERS[observer](**settings).to(own.min_val.device)
 
 
 def _has_int8_weight(module: nn.Module) -> bool:
