@@ -4,6 +4,7 @@ from qat_lightning.artifact import load_quantized, save_quantized
 from qat_lightning.callback import QuantizationCallback
 from qat_lightning.checkpoint import adopt_checkpoints, load_float_weights
 from qat_lightning.core import calibrate, convert, measure_parity, prepare, quantize_dynamic
+from qat_lightning.equalization import equalize
 from qat_lightning.errors import (
     ArtifactError,
     CalibrationError,
@@ -38,6 +39,7 @@ __all__ = [
     "adopt_checkpoints",
     "calibrate",
     "convert",
+    "equalize",
     "load_float_weights",
     "load_quantized",
     "measure_parity",

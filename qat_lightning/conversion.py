@@ -1,9 +1,10 @@
 """From a trained LightningModule to its int8 copy: rehearsed before training, carried out and measured after it."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from qat_lightning.backend import cpu_name
-from qat_lightning.calibration import calibrate
+from qat_lightning.calibration import calibrate, refuse_nan
 from qat_lightning.core import convert_planned, plan_of, prepare_planned, record_inputs
 from qat_lightning.distributed import ALONE, Processes, alone, fail_together
+from qat_lightning.equalization import Equalizer
 from qat_lightning.errors import QuantizationError, UnsupportedModelError
 from qat_lightning.evaluation import interleaved_medians, serialized_bytes
 from qat_lightning.flows import get_flow
@@ -21,7 +23,7 @@ from qat_lightning.flows.blame import line_of_error, module_of_error, short_mess
 from qat_lightning.observers import apply_phase, check_ranges
 from qat_lightning.parity import merge
 from qat_lightning.plan import Call, Plan
-from qat_lightning.recipe import DynamicPTQ, Recipe, StaticPTQ
+from qat_lightning.recipe import DynamicPTQ, EqualizationName, Recipe, StaticPTQ
 from qat_lightning.report import LayerParity, LayerReport, Measurement, Report
 from qat_lightning.running import clone, first_of_batch, to_cpu_float
 from qat_lightning.schedule import IDLE
@@ -29,6 +31,8 @@ from qat_lightning.signature import describe
 from qat_lightning.targets import capture_calls
 
 PARITY_BATCHES = 2
+# Kept in memory, since batches may be readable once only: 256 inputs in batches of 32, as in Nagel et al. 2019.
+EQUALIZATION_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,13 @@ def quantize_copy(
         CalibrationError: no data, or NaN in it.
         QuantizationError: another process has failed.
     """
+    if isinstance(recipe, StaticPTQ) and recipe.equalize is not None:
+        reader = iter(batches)
+        kept = list(islice(reader, min(EQUALIZATION_BATCHES, processes.part_of(recipe.calibration_batches))))
+        with fail_together(processes):
+            equalizers = _watched(module, plans, kept, step)
+        _equalize(equalizers, recipe.equalize, processes)
+        batches = chain(kept, reader)
     prepared = {name: _prepare_if_float(module.get_submodule(name), plan) for name, plan in plans.items()}
     for name, target in prepared.items():
         module.set_submodule(name, target.eval())
@@ -160,6 +171,30 @@ def _convert(
     )
 
 
+def _watched(module: nn.Module, plans: Mapping[str, Plan], batches: Sequence[Any], step: Callable[[Any], Any]) -> dict[str, Equalizer]:
+    """Return an equalizer of each target that has seen the batches."""
+    targets = {name: module.get_submodule(name) for name in plans}
+    equalizers: dict[str, Equalizer] = {}
+    for index, batch in enumerate(batches):
+        refuse_nan(batch, index)
+        with alone():
+            calls = _captured(targets, [batch], step, limit=sys.maxsize)
+        for name, call in ((name, call) for name, those in calls.items() for call in those):
+            if name not in equalizers:
+                opaque = [
+                    path for path in plans[name].float_modules if path and any(True for _ in targets[name].get_submodule(path).children())
+                ]
+                equalizers[name] = Equalizer(targets[name], call, opaque)
+            equalizers[name].observe(call)
+    return equalizers
+
+
+def _equalize(equalizers: Mapping[str, Equalizer], rule: EqualizationName, processes: Processes) -> None:
+    for equalizer in equalizers.values():
+        equalizer.merge(processes)
+        equalizer.apply(rule)
+
+
 class _First:
     """Batches that can be read once, of which the first few are kept.
 
@@ -188,13 +223,15 @@ def _prepare_if_float(module: nn.Module, plan: Plan) -> nn.Module:
     return module if plan.recipe == DynamicPTQ.name or plan_of(module) is not None else prepare_planned(module, plan)
 
 
-def _captured(targets: Mapping[str, nn.Module], batches: Sequence[Any], step: Callable[[Any], Any]) -> dict[str, list[Call]]:
+def _captured(
+    targets: Mapping[str, nn.Module], batches: Sequence[Any], step: Callable[[Any], Any], limit: int | None = None
+) -> dict[str, list[Call]]:
     def run() -> None:
         with torch.inference_mode():
             for batch in batches:
                 step(batch)
 
-    return capture_calls(targets, run, limit=max(len(batches), 1))
+    return capture_calls(targets, run, limit=limit or max(len(batches), 1))
 
 
 def _parity(

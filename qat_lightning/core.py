@@ -15,7 +15,7 @@ from qat_lightning.flows import get_flow
 from qat_lightning.observers import check_ranges
 from qat_lightning.parity import merge
 from qat_lightning.plan import Call, Plan, check_fuse, check_overrides, make_plan
-from qat_lightning.recipe import DynamicPTQ, Recipe, parse_recipe
+from qat_lightning.recipe import DynamicPTQ, Recipe, StaticPTQ, parse_recipe
 from qat_lightning.report import LayerParity
 from qat_lightning.signature import Signature, widen
 from qat_lightning.state import PreparedState, tensor_names
@@ -37,12 +37,17 @@ def prepare(module: nn.Module, recipe: Recipe | str, example: Call | None = None
         example: a call of the module; needed where an optional argument of ``forward`` is a tensor.
 
     Raises:
-        ConfigurationError: nothing to quantize, an override without a match, a dynamic recipe.
+        ConfigurationError: nothing to quantize, an override without a match, a dynamic recipe, a recipe that equalizes.
         UnsupportedModelError: the flow cannot handle the module; names the line and a flow that can.
     """
     recipe = parse_recipe(recipe)
     if isinstance(recipe, DynamicPTQ):
         raise ConfigurationError("Dynamic quantization has nothing to prepare: use quantize_dynamic(module, recipe).")
+    if isinstance(recipe, StaticPTQ) and recipe.equalize is not None:
+        raise ConfigurationError(
+            f"prepare sees no data, which equalize={recipe.equalize!r} needs: leave it out of the recipe, and prepare what "
+            f"equalize(module, batches, rule={recipe.equalize!r}) returns."
+        )
     module = uncompiled_copy(module)
     check_overrides(recipe, {"": module})
     check_fuse(recipe, {"": module})

@@ -142,6 +142,23 @@ def merge_calibration(modules: Iterable[nn.Module], batches: int, processes: Pro
     return sum(count for count, _ in everyone)
 
 
+def merge_extremes(extremes: Sequence[tuple[Tensor, Tensor]], processes: Processes) -> list[tuple[Tensor, Tensor]]:
+    """Return the minima and maxima that all processes have seen together.
+
+    Args:
+        extremes: minima and maxima on this process; every process gives tensors of the same shapes.
+        processes: of the run.
+    """
+    if processes.count == 1:
+        return list(extremes)
+    with _group() as group:
+        everyone = _gather(list(extremes), group)
+    return [
+        (torch.stack([low for low, _ in seen]).amin(0), torch.stack([high for _, high in seen]).amax(0))
+        for seen in zip(*everyone, strict=True)
+    ]
+
+
 def _seen(quant: Any, batches: int) -> Seen:
     observer = quant.activation_post_process
     return Seen(batches, observer.min_val, observer.max_val, getattr(observer, "histogram", None), quant.saw_no_number)

@@ -11,14 +11,15 @@ Group: TypeAlias = tuple[str, ...]
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_RELU = (nn.ReLU, nn.ReLU6)
 PATTERNS: tuple[tuple[tuple[type[nn.Module], ...], ...], ...] = (
-    (_CONV, _BN, (nn.ReLU,)),
+    (_CONV, _BN, _RELU),
     (_CONV, _BN),
-    (_CONV, (nn.ReLU,)),
-    ((nn.Linear,), (nn.ReLU,)),
+    (_CONV, _RELU),
+    ((nn.Linear,), _RELU),
     ((nn.BatchNorm2d, nn.BatchNorm3d), (nn.ReLU,)),
 )
-"""Longest first, so that a convolution takes its ReLU along."""
+"""Longest first, so that a convolution takes its ReLU along. A ReLU6 is one whose clip at 6 the saturation of int8 makes."""
 
 
 class _LayerTracer(fx.Tracer):
@@ -65,7 +66,7 @@ def check_groups(module: nn.Module, groups: Sequence[Group]) -> None:
         if not any(_fits(pattern, types) for pattern in PATTERNS):
             raise ConfigurationError(
                 f"`fuse` has the group {list(group)} of types {[kind.__name__ for kind in types]}, which cannot be fused: "
-                f"use Conv-BN, Conv-BN-ReLU, Conv-ReLU, Linear-ReLU or BN-ReLU."
+                f"use Conv-BN, Conv-BN-ReLU, Conv-ReLU, Linear-ReLU (with ReLU or ReLU6) or BN-ReLU."
             )
         twice = seen.intersection(group)
         if twice:

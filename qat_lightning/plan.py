@@ -134,7 +134,7 @@ def make_plan(module: nn.Module, recipe: Recipe, name: str = "", example: Call |
         float_modules=tuple(_outermost(path for path, override in settings.items() if override is None)),
         fuse=_own_groups(module, name, recipe),
         observer=recipe.observer if isinstance(recipe, StaticPTQ) else None,
-        constants=_constant_arguments(module, example),
+        constants=constant_arguments(module, example),
     )
 
 
@@ -232,7 +232,7 @@ def _outermost(paths: Iterable[str]) -> list[str]:
     return kept
 
 
-def _constant_arguments(module: nn.Module, example: Call | None) -> tuple[str, ...]:
+def constant_arguments(module: nn.Module, example: Call | None) -> tuple[str, ...]:
     """Return the arguments of ``forward`` that are left at their default, or are no tensors in the example."""
     signature = inspect.signature(module.forward)
     if example is not None:

@@ -11,10 +11,12 @@ from torch import nn
 
 FlowName: TypeAlias = Literal["fx", "eager"]
 BackendName: TypeAlias = Literal["x86", "fbgemm", "onednn", "qnnpack"]
+EqualizationName: TypeAlias = Literal["weights", "activations"]
 ObserverName: TypeAlias = Literal["histogram", "minmax", "moving_average"]
 
 FLOWS: tuple[FlowName, ...] = ("fx", "eager")
 BACKENDS: tuple[BackendName, ...] = ("x86", "fbgemm", "onednn", "qnnpack")
+EQUALIZATIONS: tuple[EqualizationName, ...] = ("weights", "activations")
 OBSERVERS: tuple[ObserverName, ...] = ("histogram", "minmax", "moving_average")
 ACTIVATION_BITS = (7, 8)
 
@@ -203,18 +205,27 @@ class StaticPTQ(Recipe):
     Args:
         calibration_batches: how many batches the observers see.
         observer: how a range is chosen: ``"histogram"`` (smallest squared error), ``"minmax"``, ``"moving_average"``.
+        equalize: rule by which the channels of each layer get ranges of the same size before anything is rounded, fx flow only; see
+            :func:`qat_lightning.equalize`. None: weights stay as they are.
     """
 
     name: ClassVar[str] = "ptq"
 
     calibration_batches: int = 32
     observer: ObserverName = "histogram"
+    equalize: EqualizationName | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
         check_count("calibration_batches", self.calibration_batches, minimum=1)
         check_choice("observer", self.observer, OBSERVERS)
+        check_choice("equalize", self.equalize, (*EQUALIZATIONS, None))
+        if self.equalize is not None and self.flow != "fx":
+            raise ValueError(
+                f"Expected argument `equalize` only with flow='fx', which traces the network, but got flow={self.flow!r}. "
+                f"Use flow='fx', or equalize=None and qat_lightning.equalize(module, batches) before."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,8 +103,8 @@ def test_phases_of_qat_stay_apart(tmp_path):
 def test_learning_rate_of_qat(choice, share, tmp_path):
     run_app(tmp_path, "+quant=qat", "quant.float_epochs=0", "model.lr=0.05", *choice)
     checkpoint = torch.load(tmp_path / "checkpoints" / "qat" / "last.ckpt", weights_only=True)
-    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
-    assert group["initial_lr"] == pytest.approx(share * 0.05)
+    (schedule,) = checkpoint["lr_schedulers"]
+    assert schedule["_schedulers"][0]["base_lrs"] == [pytest.approx(share * 0.05)]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from qat_lightning.deprecation import quiet
 from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.flows.base import Parent, with_parent
 from qat_lightning.flows.blame import line_of_node
+from qat_lightning.flows.clipping import Limits, free_clips, limits_of
 from qat_lightning.flows.torch_ao import (
     STATELESS_TYPES,
     dynamic_qconfig,
@@ -45,7 +46,7 @@ from qat_lightning.flows.torch_ao import (
     reference_of,
     static_qconfig,
 )
-from qat_lightning.fusion import check_groups, find_groups
+from qat_lightning.fusion import Group, check_groups, find_groups
 from qat_lightning.models.layers import Add
 from qat_lightning.observers import fake_quants
 from qat_lightning.parity import Reference, compare
@@ -98,12 +99,14 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
     _swap_additions(module)
     module.train(plan.observer is None)
     with quiet():
-        _fuse(module, plan)
+        limits = _fuse(module, plan)
         _set_qconfigs(module, plan)
         _add_stubs(module, plan)
         prepared = prepare_qat(module.train(), inplace=True)
     for stub in _stubs_of_wish(prepared, plan):
         stub.activation_post_process.may_stay_empty = True
+    for name, limit in limits.items():
+        cast(Any, prepared.get_submodule(name)).activation_post_process.limits = limit
     if any(layer.kernel.activation_bits < 8 for layer in plan.layers.values()):
         for fake_quant in fake_quants(prepared):  # without a graph nobody knows which output feeds which layer
             limit_activation(fake_quant, 7)
@@ -224,15 +227,33 @@ def _swap_additions(module: nn.Module) -> None:
             module.set_submodule(name, FunctionalAdd(child.relu).train(child.training))
 
 
-def _fuse(module: nn.Module, plan: Plan) -> None:
+def _fuse(module: nn.Module, plan: Plan) -> dict[str, Limits]:
+    """Fuse, and return the limits of the clips that are left to the saturation of fused layers, by the name of the layer."""
     if plan.fuse is not None:
         check_groups(module, plan.fuse)
         groups = list(plan.fuse)
     else:
         groups = [group for group in find_groups(module) if not any(_stays_float(name, plan) for name in group)]
+    limits, groups = _take_clips(module, plan, groups)
     if groups:
         fuse: Any = fuse_modules if plan.observer is not None else fuse_modules_qat
         fuse(module, [list(group) for group in groups], inplace=True)
+    return limits
+
+
+def _take_clips(module: nn.Module, plan: Plan, groups: Sequence[Group]) -> tuple[dict[str, Limits], list[Group]]:
+    """Put a ReLU in place of the ReLU6 at the end of a group; where saturation cannot clip, leave it out of the group."""
+    limits, kept = {}, []
+    for group in groups:
+        clip = limits_of(module.get_submodule(group[-1]))
+        if clip is not None and group[0] in plan.layers and free_clips(plan):
+            module.set_submodule(group[-1], nn.ReLU().train(module.training))
+            limits[group[0]] = clip
+        elif clip is not None:
+            group = group[:-1]
+        if len(group) > 1:
+            kept.append(group)
+    return limits, kept
 
 
 def _stays_float(name: str, plan: Plan) -> bool:

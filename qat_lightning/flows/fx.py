@@ -28,6 +28,7 @@ from qat_lightning.deprecation import quiet
 from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.flows.base import with_parent
 from qat_lightning.flows.blame import line_of_error, line_of_node, short_message
+from qat_lightning.flows.clipping import free_clips, give_limits, take_clips
 from qat_lightning.flows.sharing import original, unshare, with_copies
 from qat_lightning.flows.torch_ao import (
     STATELESS_TYPES,
@@ -82,10 +83,12 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
         post_training = plan.observer is not None
         source = _specialise(module.train(not post_training), plan)
         copied = with_copies(plan, source)
+        clips = take_clips(source, copied) if free_clips(plan) else []
         if post_training:
             source = fuse(source, is_qat=False)
         custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(copied))
         prepared = prepare_qat_fx(source.train(), _static_mapping(copied), (torch.zeros(1),), prepare_custom_config=custom)
+    give_limits(prepared, clips)
     _leave_tuples(prepared)
     _pass_ranges_on(prepared)
     _limit_inputs(prepared, plan)
@@ -194,7 +197,7 @@ def _explain_trace(error: Exception, module: nn.Module, path: str) -> str:
 
 
 def _specialise(module: nn.Module, plan: Plan) -> fx.GraphModule:
-    """Return the graph of ``module``, arguments that are constants and layers that are shared taken care of."""
+    """Return the graph of ``module``, without what is constant or computes nothing, and with a module for each call."""
     graph = trace(module, plan)
     if module.training:
         _refuse_training_branches(module, plan, graph)
@@ -203,6 +206,7 @@ def _specialise(module: nn.Module, plan: Plan) -> fx.GraphModule:
     specialised = fx.GraphModule(module, graph)
     for node in [node for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]:
         _modularise_dropout(specialised, node)
+    _drop_identities(specialised)
     unshare(specialised)
     _warn_of_weighted_functions(graph)
     return specialised
@@ -226,6 +230,15 @@ def _erase_constants(graph: fx.Graph, plan: Plan) -> None:
         name = next((name for name in plan.constants if node.target.rpartition("_")[0] == name), None)
         if name is not None and not node.users:
             graph.erase_node(node)
+
+
+def _drop_identities(module: fx.GraphModule) -> None:
+    """Remove modules that return their input: one between a convolution and its ReLU would keep them from being fused."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and type(module.get_submodule(node.target)) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.recompile()
 
 
 def _modularise_dropout(module: fx.GraphModule, node: fx.Node) -> None:

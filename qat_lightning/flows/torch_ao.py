@@ -21,6 +21,7 @@ from torch.ao.quantization import (
 from qat_lightning.affine import SMALLEST_SCALE, QParams
 from qat_lightning.backend import engine
 from qat_lightning.deprecation import quiet
+from qat_lightning.flows.clipping import Limits
 from qat_lightning.flows.sharing import original
 from qat_lightning.observers import fake_quants, measure_weights
 from qat_lightning.parity import Reference
@@ -44,7 +45,17 @@ def _round(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, 0, 255).to(x.dtype)
 
 
-class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
+class LimitedFakeQuantize:
+    """What the fake-quants of activations share: the limits of a clip that saturation makes, see :mod:`qat_lightning.flows.clipping`."""
+
+    limits: Limits | None = None
+
+    def clip(self, x: Tensor) -> Tensor:
+        """Return ``x`` within the limits, if there are any."""
+        return x if self.limits is None else x.clamp(*self.limits)
+
+
+class TrainingFakeQuantize(LimitedFakeQuantize, FusedMovingAvgObsFakeQuantize):
     """Fake-quant of activations during training: torch's fused module, computed in float32 whatever the precision.
 
     The qparams in use are those the forward pass rounded with. Torch computes them a second time for the conversion, by a formula
@@ -56,8 +67,8 @@ class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
         if not x.is_floating_point():
             return x
         if self.observer_enabled[0]:
-            return super().forward(x.float()).to(x.dtype)
-        return _round(x, self.scale, self.zero_point) if self.fake_quant_enabled[0] else x
+            return super().forward(self.clip(x.float())).to(x.dtype)
+        return _round(x, self.scale, self.zero_point) if self.fake_quant_enabled[0] else self.clip(x)
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return scale and zero point."""
@@ -70,6 +81,7 @@ class TrainingFakeQuantize(FusedMovingAvgObsFakeQuantize):
         own = self.activation_post_process
         settings = {"quant_min": own.quant_min, "quant_max": own.quant_max, "dtype": self.dtype, "qscheme": self.qscheme}
         twin: CalibratedFakeQuantize = _constructor(CalibratedFakeQuantize, observer=ACTIVATION_OBSERVERS[observer], **settings)()
+        twin.limits = self.limits
         return twin.to(self.scale.device)
 
     def take_range(self, twin: "CalibratedFakeQuantize") -> None:
@@ -143,7 +155,7 @@ class WeightFakeQuantize(FakeQuantize):
         return WEIGHT_RANGE["quant_min"], WEIGHT_RANGE["quant_max"]
 
 
-class CalibratedFakeQuantize(FakeQuantize):
+class CalibratedFakeQuantize(LimitedFakeQuantize, FakeQuantize):
     """Fake-quant of activations whose range is computed once, by ``freeze_range``, after the observer has seen all calibration data.
 
     Torch's own searches the best range anew in every forward pass, which takes most of the time with a histogram.
@@ -157,9 +169,9 @@ class CalibratedFakeQuantize(FakeQuantize):
         if not x.is_floating_point():
             return x
         if self.observer_enabled[0]:
-            self._observe(x.detach().float())
+            self._observe(self.clip(x.detach().float()))
         if not self.fake_quant_enabled[0]:
-            return x
+            return self.clip(x)
         return _round(x, self.scale, self.zero_point)
 
     def _observe(self, x: Tensor) -> None:

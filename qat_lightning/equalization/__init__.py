@@ -1,0 +1,3 @@
+from qat_lightning.equalization.equalize import Equalizer, equalize
+
+__all__ = ["Equalizer", "equalize"]
