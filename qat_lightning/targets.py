@@ -35,7 +35,7 @@ def find_targets(root: nn.Module, recipe: Recipe, modules: Sequence[str] | None)
             raise ConfigurationError(
                 f"Nothing to quantize: no child of {type(root).__name__} holds a layer that recipe {recipe.name!r} quantizes; "
                 f"its children are {[name for name, _ in root.named_children()]}. Build the network in __init__ or configure_model, "
-                f"or name submodules with `modules`."
+                f"or name submodules with `modules`. Subclasses of torch's layers do not count: torch swaps its own alone."
             )
     else:
         targets = {name: _named(root, name, recipe) for name in modules}

@@ -133,6 +133,9 @@ def quantize_dynamic(module: nn.Module, plan: Plan) -> nn.Module:
     if "" in plan.layers:
         module, plan = with_parent(module, plan)
     qconfigs = {name: dynamic_qconfig(layer) for name, layer in plan.layers.items()}
+    for child in module.modules():
+        if isinstance(child, nn.TransformerEncoderLayer):
+            child.activation_relu_or_gelu = 0  # what its fused kernel, which reads float weights, asks for
     with quiet(), engine(plan.backend):
         int8 = torch_quantize_dynamic(module, qconfigs, inplace=True)
     pack(int8, plan)

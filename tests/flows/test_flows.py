@@ -14,9 +14,11 @@ from qat_lightning import (
     UnsupportedModelError,
     calibrate,
     convert,
+    load_quantized,
     measure_parity,
     prepare,
     quantize_dynamic,
+    save_quantized,
 )
 from qat_lightning.backend import engine, supported_backends
 from qat_lightning.core import int8_plan_of
@@ -314,3 +316,16 @@ def test_a_copy_has_the_kernels_of_the_original(flow):
         copied = copy.deepcopy(copy.deepcopy(holder))[0]
     assert torch.equal(copied(x), int8(x)) and int8_plan_of(copied) == int8_plan_of(int8)
     assert copied is not int8 and not {id(child) for child in copied.modules()} & {id(child) for child in int8.modules()}
+
+
+def test_dynamic_quantization_of_torchs_transformer(tmp_path):
+    def build():
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+    net, x = build(), torch.randn(4, 5, 16)
+    int8 = quantize_dynamic(net)
+    assert {"layers.0.linear1", "layers.1.linear2"} <= names(int8)
+    with torch.inference_mode():
+        assert (int8(x) - net(x)).abs().max() < 0.1
+        assert torch.equal(load_quantized(save_quantized(int8, tmp_path / "int8"), build())(x), int8(x))
