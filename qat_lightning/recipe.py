@@ -313,10 +313,6 @@ class DynamicPTQ(Recipe):
         """Check the values."""
         super().__post_init__()
         _check_drop(self.max_accuracy_drop)
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
         for key, override in self.overrides.items():
             if isinstance(override, LayerOverride) and override.observer is not None:
                 raise ValueError(f"Expected no `observer` in `overrides[{key!r}]`: dynamic quantization measures ranges at each call.")
