@@ -12,7 +12,7 @@ from torch import nn
 from qat_lightning import QAT, ConfigurationError, QuantizationCallback, When
 from qat_lightning.distillation import Distillation
 from tests.nets import QUIET, Images, ManyInputs, Plain, fit
-from tests.test_callback import IMAGES, same
+from tests.test_callback import same
 from tests.test_ranges import FIXED, Still, trained_net, untrained_net
 
 FLOWS = pytest.mark.parametrize("flow", ["fx", "eager"])
@@ -26,18 +26,31 @@ class Mislabelled(Still):
         self.labels = (self.labels + 1) % 4
 
 
-def students(flow, share, data=None, module=None, seed=1, **trainer):
-    """Train a net that was trained in float; return the module and its distance from the float net."""
+class Disturb(Callback):
+    """Moves the student away from its teacher, once that is made, by far more than rounding does."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step or batch_idx:
+            return
+        generator = torch.Generator().manual_seed(5)
+        for parameter in pl_module.net.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.2 * parameter.detach().abs().mean() * noise
+
+
+def students(flow, share, data=None, module=None, seed=1, watching=(), **trainer):
+    """Train a net that was trained in float; return the module and its distance from the float net on the training images."""
     net = trained_net()
-    expected = copy.deepcopy(net).eval()(IMAGES)
+    images = Still().images
+    expected = copy.deepcopy(net).eval()(images)
     module = module or Plain(lr=0.02)
     module.net = net.train()
     seed_everything(seed)
     recipe = QAT(flow=flow, distillation=share, per_channel=False, activation_bits=7, **FIXED)  # much to learn
     callback = QuantizationCallback(recipe)
-    fit(callback, module, data or Still(), **{"max_epochs": 3, **trainer})
+    fit(callback, module, data or Still(), watching, **{"max_epochs": 3, **trainer})
     with torch.no_grad():
-        return module, float((module.net.eval()(IMAGES) - expected).square().mean())
+        return module, float((module.net.eval()(images) - expected).square().mean())
 
 
 @given(share=st.floats(0, 1), scale=st.floats(0.01, 100), seed=st.integers(0, 99))
@@ -55,7 +68,9 @@ def test_the_gradient_is_a_blend(share, scale, seed):
     output, wanted = student(x), teacher(x).detach()
     loss = (1 - share) * output.square().sum() + share * (output - wanted).square().mean() / wanted.square().mean()
     (scale * loss).backward()
-    torch.testing.assert_close(got, student.weight.grad)
+    # In single precision, of gradients that may cancel.
+    largest = (scale * (1 + 1 / wanted.square().mean()) * (1 + output.detach().abs().max()) * x.abs().sum()).item()
+    torch.testing.assert_close(got, student.weight.grad, rtol=1e-4, atol=1e-6 * largest)
 
 
 @FLOWS
@@ -69,13 +84,13 @@ def test_the_teacher_needs_no_labels(flow):
 
 @FLOWS
 def test_the_student_learns(flow):
-    (_, before), (_, after) = (students(flow, 1.0, module=Plain(lr=lr), max_epochs=5) for lr in (0.0, 0.001))
-    assert after < before
+    (_, before), (_, after) = (students(flow, 1.0, module=Plain(lr=lr), watching=[Disturb()], max_epochs=5) for lr in (0.0, 0.003))
+    assert after < before / 3
 
 
 def test_gradient_accumulation_is_a_larger_batch():
-    whole, _ = students("fx", 1.0, Still(batch_size=32), max_epochs=1)
-    parts, _ = students("fx", 1.0, Still(batch_size=16), max_epochs=1, accumulate_grad_batches=2)
+    whole, _ = students("fx", 1.0, Still(batch_size=32), watching=[Disturb()], max_epochs=1)
+    parts, _ = students("fx", 1.0, Still(batch_size=16), watching=[Disturb()], max_epochs=1, accumulate_grad_batches=2)
     start = trained_net().fc.weight.detach()
     moved = (whole.net.fc.weight - start).detach().abs().max()
     assert moved > 1e-4
