@@ -3,7 +3,7 @@
 from qat_lightning.artifact import load_quantized, save_quantized
 from qat_lightning.callback import QuantizationCallback
 from qat_lightning.checkpoint import adopt_checkpoints, load_float_weights
-from qat_lightning.core import calibrate, convert, measure_parity, prepare, quantize_dynamic, refine
+from qat_lightning.core import calibrate, convert, measure_parity, prepare, quantize_dynamic, reestimate_batch_norm, refine
 from qat_lightning.equalization import equalize
 from qat_lightning.errors import (
     ArtifactError,
@@ -51,6 +51,7 @@ __all__ = [
     "prepare",
     "quantize_dynamic",
     "quantize_within",
+    "reestimate_batch_norm",
     "refine",
     "save_quantized",
 ]

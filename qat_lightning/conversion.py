@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from qat_lightning.backend import cpu_name
+from qat_lightning.bn_reestimation import reestimate
 from qat_lightning.calibration import calibrate, refuse_nan
 from qat_lightning.core import convert_planned, plan_of, prepare_planned, record_inputs
 from qat_lightning.distributed import ALONE, Processes, alone, fail_together
@@ -23,7 +24,7 @@ from qat_lightning.flows.blame import line_of_error, module_of_error, short_mess
 from qat_lightning.observers import apply_phase, check_ranges
 from qat_lightning.parity import merge
 from qat_lightning.plan import Call, Plan
-from qat_lightning.recipe import DynamicPTQ, EqualizationName, Recipe, StaticPTQ
+from qat_lightning.recipe import QAT, DynamicPTQ, EqualizationName, Recipe, StaticPTQ
 from qat_lightning.refinement import SAMPLES, refine_layers
 from qat_lightning.report import LayerParity, LayerReport, Measurement, Report
 from qat_lightning.running import batch_size, clone, first_of_batch, to_cpu_float
@@ -159,7 +160,8 @@ def prepare_targets(
     prepared = {name: _prepare_if_float(module.get_submodule(name), plan) for name, plan in plans.items()}
     for name, target in prepared.items():
         module.set_submodule(name, target.eval())
-    first = FirstBatches(batches, PARITY_BATCHES, SAMPLES if isinstance(recipe, StaticPTQ) else 0)
+    reestimated = recipe.bn_reestimation_batches if isinstance(recipe, QAT) else 0
+    first = FirstBatches(batches, max(PARITY_BATCHES, reestimated), SAMPLES if isinstance(recipe, StaticPTQ) else 0)
     if isinstance(recipe, StaticPTQ):
         limit = processes.part_of(recipe.calibration_batches)
         calibrate(prepared.values(), first, step, limit, progress=progress and processes.rank == 0, processes=processes)
@@ -197,6 +199,8 @@ def _convert(
         for name, target in prepared.items():
             apply_phase(target, IDLE)
             check_ranges(target, f"module {name!r}")
+    if isinstance(recipe, QAT) and recipe.bn_reestimation_batches:
+        reestimate(list(prepared.values()), sample[: recipe.bn_reestimation_batches], step)
     calls = captured(prepared, sample, step)
     refine_targets(prepared, plans, recipe, calls)
     single = captured(prepared, [first_of_batch(sample[0])] if sample else [], step)

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from qat_lightning.bn_reestimation import reestimate
 from qat_lightning.calibration import calibrate as run_calibration
 from qat_lightning.compilation import inside, uncompiled_copy
 from qat_lightning.errors import CalibrationError, ConfigurationError
 from qat_lightning.flows import get_flow
+from qat_lightning.modes import evaluating
 from qat_lightning.observers import check_ranges
 from qat_lightning.parity import merge
 from qat_lightning.plan import Call, Plan, check_fuse, check_overrides, make_plan
@@ -111,6 +113,22 @@ def refine(
         raise CalibrationError("refine got no batch: give it at least one of those of the calibration.")
     refine_layers(bare.eval(), plan, calls, bias_correction, adaround, progress)
     return prepared
+
+
+def reestimate_batch_norm(module: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Measure the running statistics of every BatchNorm anew, in place; returns ``module``.
+
+    Args:
+        module: in float, or from :func:`prepare` for :class:`QAT` and trained.
+        batches: inputs of the module, as for :func:`calibrate`.
+
+    Raises:
+        CalibrationError: no batch.
+    """
+    bare = inside(module)
+    with evaluating(bare):
+        reestimate([bare], batches, lambda batch: as_call(batch).run(bare))
+    return module
 
 
 def convert(prepared: nn.Module) -> nn.Module:

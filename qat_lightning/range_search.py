@@ -73,9 +73,7 @@ def entropy_range(counts: Tensor, low: float, high: float, q_min: int, q_max: in
 
     Arguments are those of :func:`least_squares_range`.
     """
-    thresholds = max(-low, high) * 2.0 ** (-torch.arange(81, dtype=torch.float64) / 8)
-    ranges = torch.stack([(-thresholds).clamp(min=min(low, 0.0)), thresholds.clamp(max=max(high, 0.0))], 1)
-    scale, zero_point = _grids(ranges, q_min, q_max)
+    scale, zero_point = _grids(_clipped(low, high), q_min, q_max)
     index = 0
     if bool(counts.sum() > counts[BINS_PER_SIGN]):
         losses = divergence(Density.smooth(counts, low, high), scale, zero_point, q_min, q_max)

@@ -221,6 +221,8 @@ class QAT(Recipe):
             Until observers are frozen, training moves the ranges on by a moving average of minima and maxima.
         distillation: share of the gradient that comes from the float model in place of the loss, in [0, 1]; see
             :mod:`qat_lightning.distillation`. The float model is the module as it is when it is prepared: leave 0 for an untrained one.
+        bn_reestimation_batches: how many batches the statistics of BatchNorm are measured anew with before the conversion; 0: they are
+            those that training has left. See :mod:`qat_lightning.bn_reestimation`.
         keep_zeros: weights that are exactly zero when training begins, those of a pruned network, stay zero.
     """
 
@@ -232,12 +234,14 @@ class QAT(Recipe):
     calibration_batches: int = 32
     observer: ObserverName = "histogram"
     distillation: float = 0.0
+    bn_reestimation_batches: int = 0
     keep_zeros: bool = True
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        check_count("calibration_batches", self.calibration_batches, minimum=0)
+        for argument in ("calibration_batches", "bn_reestimation_batches"):
+            check_count(argument, getattr(self, argument), minimum=0)
         check_choice("observer", self.observer, OBSERVERS)
         _check_share("distillation", self.distillation)
         if not isinstance(self.keep_zeros, bool):
