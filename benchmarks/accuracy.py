@@ -29,6 +29,7 @@ from qat_lightning import StaticPTQ, calibrate, convert, prepare, refine
 from qat_lightning.backend import supported_backends
 
 Run = Callable[[Tensor], Tensor]
+WORKERS = 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Case:
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:calibration].tolist()
         self.net = net.eval()
         self.calibration = [images for images, _ in DataLoader(Subset(train, chosen), batch_size=32)]
-        self.test = DataLoader(Subset(test, range(0, len(test), every)), batch_size=50, num_workers=1)
+        self.test = DataLoader(Subset(test, range(0, len(test), every)), batch_size=50, num_workers=WORKERS)
         self.reference, self.labels = self._run(self.net, "float")
 
     def measure(self, method: str, quantize: Callable[[], Run]) -> Row:

@@ -1,0 +1,69 @@
+"""The benchmarks run from end to end, small; their figures are made elsewhere."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks import accuracy, qat
+
+
+def tiny():
+    """Return the network that the benchmark is told to measure."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+
+
+@pytest.fixture
+def images(tmp_path):
+    for part in ("train", "test"):
+        for label, shade in (("dark", 40), ("light", 200)):
+            folder = tmp_path / part / label
+            folder.mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (12, 12), (shade, shade + index, shade)).save(folder / f"{index}.png")
+    return tmp_path
+
+
+def test_accuracy(images, capsys, monkeypatch):
+    monkeypatch.setattr(accuracy, "WORKERS", 0)
+    arguments = ["--net", "tests.test_benchmarks:tiny", "--data", str(images), "--calibration", "8", "--backends", "x86", "--ablation"]
+    accuracy.main([*arguments, "--peers", "torch-x86", "--json", str(images / "rows.json")])
+    rows = json.loads((images / "rows.json").read_text())
+    assert [row["method"] for row in rows] == [
+        "float",
+        "qat_lightning, x86",
+        "... without bias correction",
+        "... nor histogram, minima and maxima",
+        "... one weight scale per tensor",
+        "torch FX defaults, x86",
+    ]
+    assert rows[0]["drop"] == 0 and all(0 <= row["top1"] <= 100 and row["error"] < 0.1 for row in rows)
+    assert capsys.readouterr().out.count("\n") == 2 + len(rows)
+
+
+def test_a_tool_that_is_not_installed_has_a_row(images, capsys, monkeypatch):
+    monkeypatch.setattr(accuracy, "WORKERS", 0)
+    monkeypatch.setitem(accuracy.PEERS, "other", accuracy.Peer("Other", ("no_such_package",), lambda net, batches: net))
+    accuracy.main(["--net", "tests.test_benchmarks:tiny", "--data", str(images), "--backends", "--peers", "other"])
+    assert "| Other | not installed: no_such_package |" in capsys.readouterr().out
+
+
+def test_qat(tmp_path, capsys):
+    arguments = ["--seeds", "3", "--out", str(tmp_path), "--", "debug=fast", "trainer.accelerator=cpu", "quant.float_epochs=0"]
+    qat.main(arguments)
+    (row,) = json.loads((tmp_path / "qat.json").read_text())
+    assert row["name"] == qat.DEFAULTS and 0 <= row["int8"][0] <= 100
+    assert json.loads((tmp_path / "variant0-seed3" / "report.json").read_text())["recipe"] == "qat"
+    (tmp_path / "variant0-seed3" / "config.yaml").unlink()
+    qat.main(arguments)  # what is done is not done again
+    assert not (tmp_path / "variant0-seed3" / "config.yaml").exists() and capsys.readouterr().out.count(qat.DEFAULTS) == 2
+
+
+def test_qat_that_fails_is_shown(tmp_path):
+    with pytest.raises(SystemExit, match=r"(?s)no_such.*status 1"):
+        qat.main(["--out", str(tmp_path), "--", "no_such=1"])
