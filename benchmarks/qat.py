@@ -9,16 +9,14 @@ What follows ``--`` goes to ``train.py``: the model, the data, how long. Each ru
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.runs import train
+
 DEFAULTS = "defaults"
 ABLATIONS: dict[str, list[str]] = {
     DEFAULTS: [],
@@ -51,21 +49,9 @@ class Row:
         return f"| {self.name} | {self.float32:.2f} | {mean:.2f} ({seeds}) | {mean - self.float32:+.2f} |"
 
 
-def train(folder: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Run ``train.py +quant=qat`` and return its report; a run that has one already is not repeated."""
-    report = folder / "report.json"
-    if not report.is_file():
-        command = [sys.executable, "train.py", "+quant=qat", "logger=csv", f"seed={seed}", f"hydra.run.dir={folder.resolve()}", *overrides]
-        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if finished.returncode:
-            raise SystemExit(f"{' '.join(command)}\nended with status {finished.returncode}:\n{finished.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(report.read_text())
-    return found
-
-
 def measure(name: str, index: int, seeds: Sequence[int], out: Path, overrides: Sequence[str]) -> Row:
     """Return the row of one variant."""
-    reports = [train(out / f"variant{index}-seed{seed}", seed, [*overrides, *ABLATIONS[name]]) for seed in seeds]
+    reports = [train(out / f"variant{index}-seed{seed}", "qat", seed, [*overrides, *ABLATIONS[name]]) for seed in seeds]
     return Row(name, 100 * reports[0]["float"]["accuracy"], tuple(100 * report["int8"]["accuracy"] for report in reports))
 
 

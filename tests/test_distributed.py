@@ -115,6 +115,13 @@ def test_processes_end_with_equal_parameters_and_ranges(flow, which, found):
     assert not same(ours, found[0][flow][which]["start"])
 
 
+def test_the_teacher_teaches_all_processes_the_same(flow, found):
+    (start, ours), (_, mislabelled) = found[0][flow]["taught"]
+    for other in (mislabelled, *(after for _, after in found[1][flow]["taught"])):
+        assert all(torch.equal(one, two) for one, two in zip(ours, other, strict=True))
+    assert any(not torch.equal(one, two) for one, two in zip(start, ours, strict=True))
+
+
 def test_only_rank_zero_converts(flow, found):
     ours, theirs = (process[flow] for process in found)
     assert (ours["conversions"], theirs["conversions"]) == (1, 0)

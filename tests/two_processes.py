@@ -135,6 +135,16 @@ def training(flow, checkpoint=None, resume=None, **trainer):
     return {**found, "end": state(module), **outcome(callback, trainer)}, callback
 
 
+def taught(flow, shift, **trainer):
+    """Train by distillation on labels that are shifted, and return the module's state before and after."""
+    seed_everything(4)
+    module, images = Plain(without_batch_norm()), Images()
+    images.labels = (images.labels + shift) % 4
+    before = {name: value.clone() for name, value in module.net.named_parameters()}
+    fit(QuantizationCallback(QAT(flow=flow, distillation=1.0, freeze_observers=When(epoch=0))), module, images, max_epochs=1, **trainer)
+    return list(before.values()), [value.detach().clone() for value in module.net.parameters()]
+
+
 def averaging(flow, averages_first, **trainer):
     """Train on unequal parts, and return the state of fake-quant in the averaged module."""
     callbacks = [QuantizationCallback(QAT(flow=flow, **FRACTIONS)), EMAWeightAveraging(decay=0.5)]
@@ -232,6 +242,7 @@ def everything(flow, folder):
     found["conversions"] = len(conversions)
     unshared = {**ddp, "strategy": DDPStrategy(broadcast_buffers=False)}
     found["resumed"], _ = training(flow, resume=folder / f"{flow}-single.ckpt", **unshared)
+    found["taught"] = [taught(flow, shift, **ddp) for shift in (0, 1)]
     found["averages"] = [averaging(flow, averages_first, **ddp) for averages_first in (True, False)]
     for observer in OBSERVERS:
         found[observer] = calibration(flow, observer, **ddp)

@@ -1,0 +1,92 @@
+"""Dynamic quantization of the ready-made LSTM and of a small BERT, with several seeds: ``python -m benchmarks.dynamic``.
+
+The LSTM reads the digits of scikit-learn row by row. BERT reads sentences that this benchmark makes: words of praise and blame, some behind
+a "not", which turns them round, and a twentieth of the labels wrong.
+"""
+
+import argparse
+import json
+import random
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.runs import train
+
+GOOD = ("good", "great", "fine", "lovely", "clever", "warm", "fresh", "sharp")
+BAD = ("bad", "dull", "poor", "ugly", "silly", "cold", "stale", "flat")
+OTHER = tuple(f"{noun}{number}" for noun in ("film", "plot", "scene", "actor", "music") for number in range(20))
+WRONG = 0.05
+BERT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+HEADER = (
+    "| model, backend | float | int8 (by seed) | difference | MB float | MB int8 | share of the quantized layers | speed-up |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+def sentence(chance: random.Random) -> str:
+    """Return a line of a TSV file: words, and 1 where praise prevails."""
+    words, balance = [], 0
+    for _ in range(chance.choice((1, 3, 5))):
+        praise, turned = chance.random() < 0.5, chance.random() < 0.3
+        balance += 1 if praise != turned else -1
+        words += [*chance.sample(OTHER, 2), *(["not"] if turned else []), chance.choice(GOOD if praise else BAD)]
+    label = int(balance > 0) if chance.random() >= WRONG else int(balance <= 0)
+    return f"{' '.join(words)}\t{label}"
+
+
+def write_sentences(folder: Path, train_count: int, test_count: int) -> None:
+    """Write ``train.tsv`` and ``dev.tsv``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(0)
+    for name, count in (("train", train_count), ("dev", test_count)):
+        lines = [sentence(chance) for _ in range(count)]
+        (folder / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+
+
+def row(name: str, reports: Sequence[dict[str, Any]]) -> str:
+    """Return the row of one model on one backend."""
+    floats, int8 = ([100 * report[column]["accuracy"] for report in reports] for column in ("float", "int8"))
+    size = [reports[0][column]["size_bytes"] / 1e6 for column in ("float", "int8")]
+    # Of what is quantized, weights of four bytes become one; what is left of the size is everything else.
+    share = (size[0] - size[1]) / (0.75 * size[0])
+    speedup = statistics.median(report["speedup"] for report in reports)
+    seeds = ", ".join(f"{one:.2f}" for one in int8)
+    difference = statistics.mean(int8) - statistics.mean(floats)
+    return (
+        f"| {name} | {statistics.mean(floats):.2f} | {statistics.mean(int8):.2f} ({seeds}) | {difference:+.2f} "
+        f"| {size[0]:.3f} | {size[1]:.3f} | {share:.0%} | {speedup:.2f} x |"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run, and print the table; ``OUT/dynamic.json`` has the reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--models", nargs="+", default=["lstm", "bert"], choices=["lstm", "bert"])
+    parser.add_argument("--backends", nargs="+", default=["x86", "qnnpack"])
+    parser.add_argument("--sentences", type=int, default=3000, help="for training; half as many for the test")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/benchmark_dynamic"), help="folder of the runs; those that are done are kept"
+    )
+    parser.add_argument("overrides", nargs="*", help="of train.py, after --")
+    chosen = parser.parse_args(arguments)
+    data = (chosen.out / "sentences").resolve()
+    write_sentences(data, chosen.sentences, chosen.sentences // 2)
+    config = [f"+model.net.config.{name}={value}" for name, value in BERT.items()]
+    bert = ["model=bert", *config, "data=sst2", f"data.root={data}", "data.vocab_size=256", "trainer.max_epochs=6"]
+    settings = {"lstm": ["model=lstm"], "bert": bert}
+    reports: dict[str, list[dict[str, Any]]] = {}
+    for model in chosen.models:
+        for backend in chosen.backends:
+            overrides = [*settings[model], f"quant/backend={backend}", *chosen.overrides]
+            reports[f"{model}, {backend}"] = [
+                train(chosen.out / f"{model}-{backend}-{seed}", "dynamic", seed, overrides) for seed in chosen.seeds
+            ]
+    (chosen.out / "dynamic.json").write_text(json.dumps(reports, indent=2) + "\n")
+    print("\n".join([HEADER, *(row(name, those) for name, those in reports.items())]))
+
+
+if __name__ == "__main__":
+    main()
