@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import accuracy, qat
+from benchmarks import accuracy, dynamic, qat
 
 
 def tiny():
@@ -67,3 +67,13 @@ def test_qat(tmp_path, capsys):
 def test_qat_that_fails_is_shown(tmp_path):
     with pytest.raises(SystemExit, match=r"(?s)no_such.*status 1"):
         qat.main(["--out", str(tmp_path), "--", "no_such=1"])
+
+
+def test_dynamic(tmp_path, capsys):
+    dynamic.main(
+        ["--seeds", "0", "--models", "lstm", "--backends", "x86", "--out", str(tmp_path), "--", "debug=fast", "trainer.accelerator=cpu"]
+    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    size, expected = (float(column) for column in last.split("|")[6:8])
+    assert last.startswith("| lstm, x86 |") and size == pytest.approx(expected, abs=0.01)
+    assert (tmp_path / "sentences" / "train.tsv").read_text().startswith("sentence\tlabel\n")
