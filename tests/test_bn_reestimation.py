@@ -140,8 +140,8 @@ class TwoTargets(Plain):
         return self.one(x) + self.other(x)
 
 
-class Bare(Images):
-    """Batches without labels, which can be read once only."""
+class ReadOnce(Images):
+    """Batches that can be read once only."""
 
     def train_dataloader(self):
         return iter([[images, labels] for images, labels in self.loader()])
@@ -165,7 +165,7 @@ def test_all_targets_are_measured():
 def test_a_run_whose_data_can_be_read_once_keeps_its_statistics(caplog):
     torch.manual_seed(0)
     module = TwoTargets()
-    before, after = (biases(copy.deepcopy(module), Bare(), count) for count in (0, 4))
+    before, after = (biases(copy.deepcopy(module), ReadOnce(), count) for count in (0, 4))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "BatchNorm keeps its statistics. Give `calibration_data`" in caplog.text
 
