@@ -73,7 +73,8 @@ def test_dynamic(tmp_path, capsys):
     dynamic.main(
         ["--seeds", "0", "--models", "lstm", "--backends", "x86", "--out", str(tmp_path), "--", "debug=fast", "trainer.accelerator=cpu"]
     )
-    last = capsys.readouterr().out.splitlines()[-1]
-    size, expected = (float(column) for column in last.split("|")[6:8])
-    assert last.startswith("| lstm, x86 |") and size == pytest.approx(expected, abs=0.01)
+    row, *_, wide_lstm, wide_bert = capsys.readouterr().out.splitlines()[2:]
+    size, expected = (float(column) for column in row.split("|")[6:8])
+    assert row.startswith("| lstm, x86 |") and size == pytest.approx(expected, abs=0.01)
+    assert wide_lstm.startswith("| LSTM, width 512, 32 steps, x86 |") and wide_bert.startswith("| 2 BERT layers, width 768")
     assert (tmp_path / "sentences" / "train.tsv").read_text().startswith("sentence\tlabel\n")
