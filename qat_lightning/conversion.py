@@ -1,6 +1,7 @@
 """From a trained LightningModule to its int8 copy: rehearsed before training, carried out and measured after it."""
 
 import copy
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from qat_lightning.backend import cpu_name
-from qat_lightning.bn_reestimation import reestimate
+from qat_lightning.bn_reestimation import reestimate, tracked_norms
 from qat_lightning.calibration import calibrate, refuse_nan
 from qat_lightning.core import convert_planned, plan_of, prepare_planned, record_inputs
 from qat_lightning.distributed import ALONE, Processes, alone, fail_together
@@ -31,6 +32,8 @@ from qat_lightning.running import batch_size, clone, first_of_batch, to_cpu_floa
 from qat_lightning.schedule import IDLE
 from qat_lightning.signature import describe
 from qat_lightning.targets import capture_calls
+
+log = logging.getLogger(__name__)
 
 PARITY_BATCHES = 2
 # Kept in memory, since batches may be readable once only: 256 inputs in batches of 32, as in Nagel et al. 2019.
@@ -135,6 +138,8 @@ def prepare_targets(
 ) -> tuple[dict[str, nn.Module], "FirstBatches"]:
     """Equalize, prepare and calibrate the targets of ``module``, as far as the recipe wants it and they are not prepared already.
 
+    Of targets that are prepared for QAT, rank zero measures the statistics of BatchNorm anew, where the recipe wants it.
+
     Args:
         module: a copy of the trained module, on the CPU in eval mode; it gets the prepared targets.
         plans: of its targets.
@@ -160,12 +165,26 @@ def prepare_targets(
     prepared = {name: _prepare_if_float(module.get_submodule(name), plan) for name, plan in plans.items()}
     for name, target in prepared.items():
         module.set_submodule(name, target.eval())
-    reestimated = recipe.bn_reestimation_batches if isinstance(recipe, QAT) else 0
-    first = FirstBatches(batches, max(PARITY_BATCHES, reestimated), SAMPLES if isinstance(recipe, StaticPTQ) else 0)
+    first = FirstBatches(batches, PARITY_BATCHES, SAMPLES if isinstance(recipe, StaticPTQ) else 0)
     if isinstance(recipe, StaticPTQ):
         limit = processes.part_of(recipe.calibration_batches)
         calibrate(prepared.values(), first, step, limit, progress=progress and processes.rank == 0, processes=processes)
+    if isinstance(recipe, QAT) and recipe.bn_reestimation_batches:
+        with fail_together(processes):
+            if processes.rank == 0:
+                with alone():
+                    _reestimate(prepared, islice(first, recipe.bn_reestimation_batches), step)
     return prepared, first
+
+
+def _reestimate(prepared: Mapping[str, nn.Module], batches: Iterable[Any], step: Callable[[Any], Any]) -> None:
+    """Measure the statistics of BatchNorm for what int8 will compute; without a batch they stay, for the training is not to be lost."""
+    for target in prepared.values():
+        apply_phase(target, IDLE)
+    if not reestimate(prepared, batches, step) and tracked_norms(prepared):
+        log.warning(
+            "The training batches can be read once only: BatchNorm keeps its statistics. Give `calibration_data` to measure them anew."
+        )
 
 
 def refine_targets(
@@ -199,8 +218,6 @@ def _convert(
         for name, target in prepared.items():
             apply_phase(target, IDLE)
             check_ranges(target, f"module {name!r}")
-    if isinstance(recipe, QAT) and recipe.bn_reestimation_batches:
-        reestimate(list(prepared.values()), sample[: recipe.bn_reestimation_batches], step)
     calls = captured(prepared, sample, step)
     refine_targets(prepared, plans, recipe, calls)
     single = captured(prepared, [first_of_batch(sample[0])] if sample else [], step)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qat_lightning.bn_reestimation import reestimate
+from qat_lightning.bn_reestimation import reestimate, tracked_norms
 from qat_lightning.calibration import calibrate as run_calibration
 from qat_lightning.compilation import inside, uncompiled_copy
 from qat_lightning.errors import CalibrationError, ConfigurationError
@@ -116,18 +116,22 @@ def refine(
 
 
 def reestimate_batch_norm(module: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Measure the running statistics of every BatchNorm anew, in place; returns ``module``.
+    """Measure the running statistics of every BatchNorm anew, in place; returns ``module``. See :mod:`qat_lightning.bn_reestimation`.
+
+    Nothing else changes but the scales of weights that BatchNorm is fused with, since these weights are multiplied by its statistics.
 
     Args:
-        module: in float, or from :func:`prepare` for :class:`QAT` and trained.
-        batches: inputs of the module, as for :func:`calibrate`.
+        module: in float, or from :func:`prepare` for :class:`QAT` and trained, on any device; without BatchNorm nothing happens.
+        batches: inputs of the module, as for :func:`calibrate`, of at least two samples each.
 
     Raises:
-        CalibrationError: no batch.
+        CalibrationError: no batch, NaN or infinite values, or a single value per channel; the statistics stay.
     """
     bare = inside(module)
     with evaluating(bare):
-        reestimate([bare], batches, lambda batch: as_call(batch).run(bare))
+        count = reestimate({"": bare}, batches, lambda batch: as_call(batch).run(bare))
+    if not count and tracked_norms({"": bare}):
+        raise CalibrationError("BatchNorm re-estimation got no batch: give it at least one of the training data.")
     return module
 
 

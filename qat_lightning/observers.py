@@ -1,6 +1,7 @@
 """Switches of fake-quant, observers and BatchNorm statistics, by duck typing: torch.ao's and torchao's modules alike."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +35,18 @@ def switch_observers_off(module: nn.Module) -> None:
         fake_quant.enable_observer(False)
 
 
+@contextmanager
+def observers_off(module: nn.Module) -> Iterator[None]:
+    """Stop observers from learning for the time of the block."""
+    enabled = [(fake_quant, fake_quant.observer_enabled.clone()) for fake_quant in fake_quants(module)]
+    switch_observers_off(module)
+    try:
+        yield
+    finally:
+        for fake_quant, before in enabled:
+            fake_quant.observer_enabled.copy_(before)
+
+
 def freeze_bn(module: nn.Module, frozen: bool) -> None:
     """Let BatchNorm, fused into a convolution or not, use its running statistics and stop updating them, or learn them again."""
     fused: set[int] = set()
@@ -64,6 +77,27 @@ def follow_weights(module: nn.Module) -> None:
     for fake_quant, weight in _weights(module):
         if fake_quant.observer_enabled[0]:
             fake_quant.measure(weight)
+
+
+@contextmanager
+def keeping_integers(module: nn.Module) -> Iterator[None]:
+    """Let the scales of fused weights follow what the block does to the statistics of BatchNorm.
+
+    A weight scale, frozen or not, keeps its ratio to the largest weight that it is for: per channel, the rounded integers are the same.
+    """
+    before = [(fake_quant, fake_quant.scale.clone(), _measured(fake_quant, weight)) for fake_quant, weight in _weights(module)]
+    yield
+    for (fake_quant, scale, largest), (_, weight) in zip(before, _weights(module), strict=True):
+        fake_quant.scale.copy_(scale * (_measured(fake_quant, weight) / largest))
+
+
+def _measured(fake_quant: Any, weight: Tensor) -> Tensor:
+    """Return the scale that ``weight`` would be given."""
+    own = fake_quant.scale.clone()
+    fake_quant.measure(weight)
+    measured: Tensor = fake_quant.scale.clone()
+    fake_quant.scale.copy_(own)
+    return measured
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[Any, Tensor]]:

@@ -221,8 +221,8 @@ class QAT(Recipe):
             Until observers are frozen, training moves the ranges on by a moving average of minima and maxima.
         distillation: share of the gradient that comes from the float model in place of the loss, in [0, 1]; see
             :mod:`qat_lightning.distillation`. The float model is the module as it is when it is prepared: leave 0 for an untrained one.
-        bn_reestimation_batches: how many batches the statistics of BatchNorm are measured anew with before the conversion; 0: they are
-            those that training has left. See :mod:`qat_lightning.bn_reestimation`.
+        bn_reestimation_batches: how many batches the statistics of BatchNorm are measured anew with in the copy that is converted; 0: they
+            are those that training has left. For runs that freeze BatchNorm late or never. See :mod:`qat_lightning.bn_reestimation`.
         keep_zeros: weights that are exactly zero when training begins, those of a pruned network, stay zero.
     """
 

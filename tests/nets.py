@@ -1,7 +1,7 @@
 """Networks and data as users bring them, small."""
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -171,6 +171,18 @@ class Plain(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class Disturb(Callback):
+    """Moves the student away from its teacher, once that is made, by far more than rounding does."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step or batch_idx:
+            return
+        generator = torch.Generator().manual_seed(5)
+        for parameter in pl_module.net.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.2 * parameter.detach().abs().mean() * noise
 
 
 def fit(callback, module=None, data=None, watching=(), **trainer):

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
+from torch.utils.data import DataLoader
 
 from qat_lightning import QAT, ConfigurationError, QuantizationCallback, When
 from qat_lightning.distillation import Distillation
-from tests.nets import QUIET, Images, ManyInputs, Plain, fit
+from tests.nets import QUIET, Disturb, Images, ManyInputs, Plain, fit
 from tests.test_callback import same
 from tests.test_ranges import FIXED, Still, trained_net, untrained_net
 
@@ -24,18 +25,6 @@ class Mislabelled(Still):
     def __init__(self, **options):
         super().__init__(**options)
         self.labels = (self.labels + 1) % 4
-
-
-class Disturb(Callback):
-    """Moves the student away from its teacher, once that is made, by far more than rounding does."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step or batch_idx:
-            return
-        generator = torch.Generator().manual_seed(5)
-        for parameter in pl_module.net.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data += 0.2 * parameter.detach().abs().mean() * noise
 
 
 def students(flow, share, data=None, module=None, seed=1, watching=(), **trainer):
@@ -80,6 +69,36 @@ def test_the_teacher_needs_no_labels(flow):
     assert same(taught.state_dict(), mistaught.state_dict())
     _, far = students(flow, 0.0, Mislabelled())
     assert also_near == near < far / 10
+
+
+class Unlabelled(Still):
+    """Images alone."""
+
+    def loader(self):
+        return DataLoader(self.images, batch_size=self.batch_size)
+
+    val_dataloader = loader
+
+
+class WithoutLoss(Plain):
+    """Runs the network, and has nothing to compare the output with."""
+
+    def training_step(self, batch, batch_idx):
+        return 0 * self.net(batch).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.net(batch)
+
+    def predict_step(self, batch, batch_idx=0):
+        return self.net(batch)
+
+
+@FLOWS
+def test_without_labels_it_learns_the_same(flow):
+    labelled, _ = students(flow, 1.0, watching=[Disturb()])
+    unlabelled, _ = students(flow, 1.0, Unlabelled(), WithoutLoss(lr=0.02), watching=[Disturb()])
+    assert same(labelled.net.state_dict(), unlabelled.net.state_dict())
+    assert not torch.equal(unlabelled.net.fc.weight, trained_net().fc.weight)
 
 
 @FLOWS

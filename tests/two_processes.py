@@ -16,7 +16,7 @@ import qat_lightning.conversion
 from qat_lightning import QAT, QuantizationCallback, StaticPTQ, When
 from qat_lightning.errors import QuantizationError
 from qat_lightning.observers import fake_quants
-from tests.nets import QUIET, Images, ModuleNet, Plain, fit
+from tests.nets import QUIET, Disturb, Images, ModuleNet, Plain, fit
 
 LOUDER = 100  # how many times the data of rank 1 are larger
 STEPS = 3
@@ -127,7 +127,7 @@ class After(Callback):
 def training(flow, checkpoint=None, resume=None, **trainer):
     """Train two epochs; save a checkpoint after the first, or resume one."""
     before = Before()
-    after, callback = After(before, checkpoint), QuantizationCallback(QAT(flow=flow, **FRACTIONS))
+    after, callback = After(before, checkpoint), QuantizationCallback(QAT(flow=flow, bn_reestimation_batches=2, **FRACTIONS))
     module = with_batch_norm()
     trainer = Trainer(**{**QUIET, "max_epochs": 2, "callbacks": [before, callback, after], **trainer})
     trainer.fit(module, Images(), ckpt_path=resume)
@@ -135,14 +135,21 @@ def training(flow, checkpoint=None, resume=None, **trainer):
     return {**found, "end": state(module), **outcome(callback, trainer)}, callback
 
 
-def taught(flow, shift, **trainer):
+class InOrder(Images):
+    """The same images in each step, however many processes share them."""
+
+    train_dataloader = Images.loader
+
+
+def taught(flow, shift, batch_size=16, **trainer):
     """Train by distillation on labels that are shifted, and return the module's state before and after."""
     seed_everything(4)
-    module, images = Plain(without_batch_norm()), Images()
+    module, images = Plain(without_batch_norm()), InOrder(batch_size)
     images.labels = (images.labels + shift) % 4
-    before = {name: value.clone() for name, value in module.net.named_parameters()}
-    fit(QuantizationCallback(QAT(flow=flow, distillation=1.0, freeze_observers=When(epoch=0))), module, images, max_epochs=1, **trainer)
-    return list(before.values()), [value.detach().clone() for value in module.net.parameters()]
+    before = [value.detach().clone() for value in module.net.parameters()]
+    callback = QuantizationCallback(QAT(flow=flow, distillation=1.0, freeze_observers=When(epoch=0)))
+    fit(callback, module, images, [Disturb()], max_epochs=1, **trainer)
+    return before, [value.detach().clone() for value in module.net.parameters()]
 
 
 def averaging(flow, averages_first, **trainer):
