@@ -24,7 +24,7 @@ ABLATIONS: dict[str, list[str]] = {
     "ranges start with the first batch": ["quant.calibration_batches=0"],
     "ranges calibrated by minima and maxima": ["quant.observer=minmax"],
     "observers never freeze": ["quant.freeze_observers=null"],
-    "BatchNorm never freezes": ["quant.freeze_bn=null"],
+    "BatchNorm freezes halfway": ["quant.freeze_bn.fraction=0.5"],
     "one weight scale per tensor": ["quant.per_channel=false"],
 }
 
