@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningModule
 from omegaconf import OmegaConf
 
-from qat_lightning import QAT, DynamicPTQ, StaticPTQ
+from qat_lightning import QAT, DynamicPTQ, StaticPTQ, When
 from qat_lightning.instantiation import build, check_targets
 from qat_lightning.recipe import BACKENDS, FLOWS
 
@@ -17,7 +17,7 @@ CONF = Path(__file__).parents[1] / "conf"
 APP_FIELDS = {"modules", "float_epochs", "lr", "convert", "parity", "metric", "sensitivity"}
 RECIPES = {"qat": QAT, "ptq": StaticPTQ, "dynamic": DynamicPTQ}
 # What differs from the defaults of the dataclass: on the command line, quantization-aware training always follows a float model.
-DEFAULTS = {"qat": {"distillation": 1.0}, "ptq": {}, "dynamic": {}}
+DEFAULTS = {"qat": {"distillation": 1.0, "freeze_bn": When(fraction=0.0)}, "ptq": {}, "dynamic": {}}
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 
 # What a config leaves to the user.
