@@ -32,7 +32,6 @@ from qat_lightning.measuring import keep_accuracy, sensitivity_of
 from qat_lightning.observers import apply_phase, freeze_bn, switch_observers_off
 from qat_lightning.plan import Plan, check_fuse, check_overrides, make_plan
 from qat_lightning.pruning import keep_zeros, nonzero
-from qat_lightning.ranges import calibrate_ranges, learnt_nothing
 from qat_lightning.recipe import QAT, Recipe, check_choice, parse_recipe
 from qat_lightning.report import Report
 from qat_lightning.running import attached, calibration_batches, clone, evaluation_step, example_calls, to_device, trainer_of
@@ -40,6 +39,7 @@ from qat_lightning.schedule import Phase, check_reachable, phase
 from qat_lightning.state import float_weights, plans_in
 from qat_lightning.targets import CallRecorder, already, concerns, find_targets, refuse_shared_parts
 from qat_lightning.validation import Validation, accuracy_name
+from qat_lightning.warm_start import learnt_nothing, start_from_calibration
 
 log = logging.getLogger(__name__)
 
@@ -328,7 +328,7 @@ class QuantizationCallback(Callback):
         if isinstance(self._recipe, QAT):
             wanted = phase(self._recipe, progress_of(trainer, batch_idx))
             if wanted.fake_quant:
-                self._begin(trainer, pl_module, self._recipe)
+                self._begin(trainer, pl_module, self._recipe, wanted)
             self._enter(pl_module, wanted)
         if not self._rehearsed:
             self._recorder = CallRecorder({name: pl_module.get_submodule(name) for name in self._plans})
@@ -405,24 +405,23 @@ class QuantizationCallback(Callback):
             self._distillation.stop()
             self._distillation = None
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, recipe: QAT) -> None:
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, recipe: QAT, wanted: Phase) -> None:
         """Calibrate where fake-quant begins now, as the state dict tells, so that a resumed run does not do it again; and teach."""
         targets = {name: pl_module.get_submodule(name) for name in self._plans}
         fresh = [name for name, target in targets.items() if learnt_nothing(target)]
-        if fresh and recipe.calibration_batches:
-            batches = calibration_batches(trainer, self._calibration_data)
-            if length_of(batches) == 0:
-                log.warning(
-                    "The training batches can be read once only: ranges begin with the first one. Give `calibration_data` for better."
-                )
-            else:
-                calibrate_ranges(pl_module, fresh, recipe, trainer, batches, self.calibration_step)
-        if not recipe.distillation:
-            return
-        for name in self._baseline.targets.keys() & fresh:
+        for name in self._baseline.targets.keys() & fresh if recipe.distillation else ():
             self._baseline.targets[name].load_state_dict(float_weights(targets[name]), strict=False)
-        if self._distillation is None:
+        if fresh and recipe.calibration_batches:
+            self._calibrate(trainer, pl_module, recipe, wanted, {name: self._plans[name] for name in fresh})
+        if recipe.distillation and self._distillation is None:
             self._distillation = Distillation(targets, self._baseline.targets, recipe.distillation, lambda: loss_scale_of(trainer))
+
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule, recipe: QAT, wanted: Phase, plans: dict[str, Plan]) -> None:
+        batches = calibration_batches(trainer, self._calibration_data)
+        if length_of(batches) == 0:
+            log.warning("The training batches can be read once only: ranges begin with the first one. Give `calibration_data` for better.")
+        else:
+            start_from_calibration(pl_module, plans, recipe, wanted, trainer, batches, self.calibration_step)
 
     @property
     @override

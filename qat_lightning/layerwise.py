@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer that is visited. BatchNorm is folded into it.
+    """A layer that is visited. BatchNorm is folded into it, or fused with it in eval mode.
 
     Args:
         name: of the layer.
@@ -38,6 +38,20 @@ def linear_part(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, layer.bias)
     output: Tensor = layer._conv_forward(x, weight, layer.bias)
     return output
+
+
+def pre_activation(layer: Any, x: Tensor) -> Tensor:
+    """Return what a layer of a prepared module gives in front of its activation, BatchNorm included where it is fused with one."""
+    if hasattr(layer, "bn"):  # torch's, which scale weight and output by it
+        output: Tensor = getattr(layer, "_forward", layer.forward)(x)
+        return output
+    return linear_part(layer, x, layer.weight_fake_quant(layer.weight))
+
+
+def bias_of(layer: Any) -> Tensor | None:
+    """Return the parameter that shifts what a layer gives, channel by channel."""
+    bias: Tensor | None = layer.bn.bias if hasattr(layer, "bn") else layer.bias
+    return bias
 
 
 def channel_axis(layer: nn.Module) -> int:

@@ -36,6 +36,11 @@ def check_count(argument: str, value: object, minimum: int) -> None:
         raise ValueError(f"Expected argument `{argument}` to be at least {minimum}, but got {value}.")
 
 
+def _check_switch(argument: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"Expected argument `{argument}` to be a bool, but got {value!r}.")
+
+
 def _check_share(argument: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"Expected argument `{argument}` to be a number, but got {value!r}.")
@@ -193,8 +198,7 @@ class Recipe:
         check_choice("flow", self.flow, FLOWS)
         check_choice("backend", self.backend, BACKENDS)
         check_choice("activation_bits", self.activation_bits, ("auto", *ACTIVATION_BITS))
-        if not isinstance(self.per_channel, bool):
-            raise TypeError(f"Expected argument `per_channel` to be a bool, but got {self.per_channel!r}.")
+        _check_switch("per_channel", self.per_channel)
         object.__setattr__(self, "overrides", MappingProxyType(_parse_overrides(self.overrides)))
         object.__setattr__(self, "fuse", _parse_fuse(self.fuse, self.flow))
 
@@ -219,6 +223,8 @@ class QAT(Recipe):
             quantization; 0 for none: ranges start with the first batch, which suits a network that starts untrained.
         observer: how the calibration chooses a range, as in :class:`StaticPTQ`.
             Until observers are frozen, training moves the ranges on by a moving average of minima and maxima.
+        bias_correction: shift the bias of each layer by the mean error of its output, too, as in :class:`StaticPTQ`, where BatchNorm is
+            frozen when fake-quant begins, or there is none; it takes the batches of the calibration.
         distillation: share of the gradient that comes from the float model in place of the loss, in [0, 1]; see
             :mod:`qat_lightning.distillation`. The float model is the module as it is when it is prepared: leave 0 for an untrained one.
         bn_reestimation_batches: how many batches the statistics of BatchNorm are measured anew with in the copy that is converted; 0: they
@@ -233,6 +239,7 @@ class QAT(Recipe):
     start: When | None = None
     calibration_batches: int = 32
     observer: ObserverName = "histogram"
+    bias_correction: bool = True
     distillation: float = 0.0
     bn_reestimation_batches: int = 0
     keep_zeros: bool = True
@@ -244,8 +251,8 @@ class QAT(Recipe):
             check_count(argument, getattr(self, argument), minimum=0)
         check_choice("observer", self.observer, OBSERVERS)
         _check_share("distillation", self.distillation)
-        if not isinstance(self.keep_zeros, bool):
-            raise TypeError(f"Expected argument `keep_zeros` to be a bool, but got {self.keep_zeros!r}.")
+        _check_switch("bias_correction", self.bias_correction)
+        _check_switch("keep_zeros", self.keep_zeros)
         for argument in ("freeze_observers", "freeze_bn", "start"):
             value = getattr(self, argument)
             if value is not None and not isinstance(value, When):
@@ -283,8 +290,7 @@ class StaticPTQ(Recipe):
         super().__post_init__()
         check_count("calibration_batches", self.calibration_batches, minimum=1)
         check_choice("observer", self.observer, OBSERVERS)
-        if not isinstance(self.bias_correction, bool):
-            raise TypeError(f"Expected argument `bias_correction` to be a bool, but got {self.bias_correction!r}.")
+        _check_switch("bias_correction", self.bias_correction)
         if self.adaround is not None and not isinstance(self.adaround, AdaRound):
             raise TypeError(
                 f"Expected argument `adaround` to be an AdaRound such as AdaRound(iterations=400), or None, but got {self.adaround!r}."

@@ -14,7 +14,7 @@ from qat_lightning import QAT, ConfigurationError, QuantizationCallback, When
 from qat_lightning.distillation import Distillation
 from tests.nets import QUIET, Disturb, Images, ManyInputs, Plain, fit
 from tests.test_callback import same
-from tests.test_ranges import FIXED, Still, trained_net, untrained_net
+from tests.test_warm_start import FIXED, Still, trained_net, untrained_net
 
 FLOWS = pytest.mark.parametrize("flow", ["fx", "eager"])
 

@@ -94,6 +94,12 @@ def test_ranges_without_rounding_are_equal_to_the_last_bit(flow, name, options, 
             assert same(first(mine), first(alone))
 
 
+def test_processes_start_from_the_same_corrected_biases(flow, found):
+    (before, ours), (_, theirs) = (process[flow]["biases"] for process in found)
+    assert len(ours) == 3 and all(map(torch.equal, ours, theirs))
+    assert not any(map(torch.equal, before, ours))
+
+
 def test_a_fast_development_run_ends(flow, found):
     assert [process[flow]["fast"] for process in found] == [1, 1]
 

@@ -80,10 +80,23 @@ class Ranges(Callback):
 
 def ranges(flow, start=None, **trainer):
     """Train without learning, and return the state of fake-quant after each batch."""
-    watch, recipe = Ranges(), QAT(flow=flow, start=start, freeze_bn=None, freeze_observers=None)
+    watch, recipe = Ranges(), QAT(flow=flow, start=start, freeze_bn=None, freeze_observers=None, bias_correction=False)
     options = {"max_epochs": 1, "limit_train_batches": STEPS, "use_distributed_sampler": False, **trainer}
     fit(QuantizationCallback(recipe), Plain(without_batch_norm(), lr=0.0), Loud(), [watch], **options)
     return watch.after
+
+
+def own_biases(module):
+    return [value.detach().clone() for name, value in module.named_parameters() if name.endswith("bias")]
+
+
+def biases(flow, **trainer):
+    """Train without learning, and return the biases of the layers before and after."""
+    module = Plain(without_batch_norm(), lr=0.0)
+    before = own_biases(module)
+    recipe = QAT(flow=flow, activation_bits=7, per_channel=False)
+    fit(QuantizationCallback(recipe), module, Loud(), max_epochs=1, use_distributed_sampler=False, **trainer)
+    return before, own_biases(module)
 
 
 # --- training ----------------------------------------------------------------------------------------------------------------
@@ -244,6 +257,7 @@ def everything(flow, folder):
         "ranges, gradients of two batches": ranges(flow, **TWO_BATCHES, **{**ddp, "strategy": DDPStrategy(broadcast_buffers=False)}),
         "fast": len(ranges(flow, fast_dev_run=True, **ddp)),
     }
+    found["biases"] = biases(flow, **ddp)
     conversions.clear()
     found["training"], callback = training(flow, checkpoint=folder / f"{flow}-ddp.ckpt", **ddp)
     found["conversions"] = len(conversions)

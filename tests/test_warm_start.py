@@ -1,5 +1,6 @@
 """Calibrated ranges when fake-quant begins."""
 
+import copy
 import itertools
 
 import pytest
@@ -87,6 +88,42 @@ def test_nothing_but_ranges_changes(flow):
     assert without.norms and all(map(torch.equal, without.norms, calibrated.norms))
     assert all(torch.equal(value, calibrated.state[name]) for name, value in without.state.items())
     assert torch.equal(without.random, calibrated.random)
+
+
+def mean_errors(flow, **options):
+    """Return by how much the mean of each output moves when fake-quant begins, and the callback after a fit that learns nothing."""
+    net = trained_net()
+    images = Still().images
+    expected = copy.deepcopy(net).eval()(images)
+    callback = QuantizationCallback(QAT(flow=flow, per_channel=False, activation_bits=7, **{**FIXED, **options}))
+    module, _ = fit(callback, Plain(net, lr=0.0), Still(), max_epochs=1)
+    with torch.no_grad():
+        return (module.net.eval()(images) - expected).mean(0).abs(), callback
+
+
+@FLOWS
+def test_biases_are_corrected_where_batch_norm_is_frozen(flow):
+    without, _ = mean_errors(flow, bias_correction=False)
+    corrected, callback = mean_errors(flow)
+    assert corrected.mean() < 0.5 * without.mean()
+    assert callback.report.parity_passed
+
+
+@FLOWS
+def test_biases_are_left_alone_without_calibration(flow):
+    without, _ = mean_errors(flow, bias_correction=False, calibration_batches=0, freeze_observers=None)
+    same, _ = mean_errors(flow, calibration_batches=0, freeze_observers=None)
+    assert torch.equal(without, same)
+
+
+@FLOWS
+def test_the_teacher_keeps_its_biases(flow):
+    net = trained_net()
+    before = copy.deepcopy(dict(net.named_parameters()))
+    callback = QuantizationCallback(QAT(flow=flow, distillation=1.0, activation_bits=7, **FIXED))
+    fit(callback, Plain(net, lr=0.0), Still(), max_epochs=1)
+    teacher = callback.state_dict()["teachers"]["net"]
+    assert len(before) == 10 and all(torch.equal(value, teacher[name]) for name, value in before.items())
 
 
 @FLOWS

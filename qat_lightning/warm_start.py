@@ -1,0 +1,134 @@
+"""What a module is given before it trains with fake-quant: the ranges and biases of post-training quantization."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from qat_lightning.bn_reestimation import tracked_norms
+from qat_lightning.calibration import observe
+from qat_lightning.conversion import FirstBatches, captured
+from qat_lightning.distributed import Processes, alone, fail_together
+from qat_lightning.errors import CalibrationError
+from qat_lightning.observers import apply_phase, fake_quants, measure_weights
+from qat_lightning.plan import Plan
+from qat_lightning.recipe import QAT
+from qat_lightning.refinement import SAMPLES, refine_layers
+from qat_lightning.running import attached, clone, to_device
+from qat_lightning.schedule import IDLE, Phase
+
+Step = Callable[[LightningModule, Any], Any]
+
+
+def start_from_calibration(
+    module: LightningModule,
+    plans: Mapping[str, Plan],
+    recipe: QAT,
+    phase: Phase,
+    trainer: Trainer,
+    batches: Iterable[Any],
+    step: Step,
+) -> None:
+    """Give ``module`` the ranges, and where BatchNorm is frozen the biases, that post-training quantization would give it.
+
+    Copies watch the batches, in evaluation mode: of the module nothing else changes. While BatchNorm learns, it subtracts the mean error
+    of each batch itself, so that biases are left alone.
+
+    Args:
+        module: prepared, on the device it trains on.
+        plans: of its prepared submodules.
+        recipe: how many batches, how a range is chosen, and whether biases are corrected.
+        phase: in which it is about to train.
+        trainer: in its fit.
+        batches: the part of this process.
+        step: runs one batch through a LightningModule.
+
+    Raises:
+        CalibrationError: no batch, or NaN or infinite values in a batch or an activation.
+    """
+    unshifted = phase.bn_frozen or not tracked_norms({name: module.get_submodule(name) for name in plans})
+    corrects = recipe.bias_correction and unshifted
+    processes = Processes.of(trainer)
+    first = FirstBatches(batches, 1, SAMPLES if corrects else 0)
+    with torch.random.fork_rng(devices=[]):
+        _calibrate_ranges(module, plans, recipe, trainer, first, step)
+        if corrects:
+            with fail_together(processes):
+                if processes.rank == 0:
+                    with alone():
+                        _correct_biases(module, plans, trainer, first.batches(), step)
+            _share_parameters([module.get_submodule(name) for name in plans], processes)
+
+
+def learnt_nothing(module: nn.Module) -> bool:
+    """Whether fake-quant has yet to begin in a prepared module."""
+    return not any(bool(quant.fake_quant_enabled[0]) for quant in fake_quants(module))
+
+
+# --- ranges ------------------------------------------------------------------------------------------------------------------
+
+
+def _calibrate_ranges(
+    module: LightningModule, targets: Collection[str], recipe: QAT, trainer: Trainer, batches: Iterable[Any], step: Step
+) -> None:
+    copied = clone(module).eval()
+    watching = [copied.get_submodule(name) for name in targets]
+    twins = [_swap(target, recipe.observer) for target in watching]
+    processes = Processes.of(trainer)
+    with attached(copied, trainer):
+        observe(
+            watching,
+            batches,
+            lambda batch: step(copied, to_device(copied, batch)),
+            limit=processes.part_of(recipe.calibration_batches),
+            progress=processes.rank == 0,
+            processes=processes,
+        )
+    for name, by_path in zip(targets, twins, strict=True):
+        for path, twin in by_path.items():
+            if twin.saw_no_number:
+                raise CalibrationError(
+                    f"{name}: the observer {path!r} has seen NaN or infinite activations before training. "
+                    f"Check the data and the float model."
+                )
+            learner: Any = module.get_submodule(name).get_submodule(path)
+            learner.take_range(twin)
+
+
+def _swap(target: nn.Module, observer: str) -> dict[str, Any]:
+    """Replace the fake-quant of activations by twins that are calibrated, and return these by name."""
+    twins: dict[int, Any] = {}
+    found = {}
+    for path, quant in list(target.named_modules(remove_duplicate=False)):
+        if hasattr(quant, "twin"):
+            found[path] = twins.setdefault(id(quant), quant.twin(observer))
+            target.set_submodule(path, found[path])
+    return found
+
+
+# --- biases ------------------------------------------------------------------------------------------------------------------
+
+
+def _correct_biases(module: LightningModule, plans: Mapping[str, Plan], trainer: Trainer, batches: Sequence[Any], step: Step) -> None:
+    copied = clone(module).eval()
+    targets = {name: copied.get_submodule(name) for name in plans}
+    for target in targets.values():
+        measure_weights(target)
+        apply_phase(target, IDLE)
+    with attached(copied, trainer):
+        calls = captured(targets, batches, lambda batch: step(copied, to_device(copied, batch)))
+    for name, target in targets.items():
+        refine_layers(target, plans[name], calls[name], bias_correction=True, adaround=None, progress=True)
+        for learnt, corrected in zip(module.get_submodule(name).parameters(), target.parameters(), strict=True):
+            learnt.data.copy_(corrected)
+
+
+def _share_parameters(targets: Iterable[nn.Module], processes: Processes) -> None:
+    """Give every process the parameters of rank zero."""
+    if processes.count > 1:
+        for target in targets:
+            for parameter in target.parameters():
+                dist.broadcast(parameter.data, 0)
