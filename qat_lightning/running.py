@@ -75,6 +75,8 @@ def to_device(module: LightningModule, batch: Any) -> Any:
 def evaluation_step(module: LightningModule, batch: Any) -> Any:
     """Run a batch through ``module``: a bare tensor by ``predict_step``, anything else by the first step that the user wrote.
 
+    That of training is the last choice, and none where it makes optimizer steps itself.
+
     Args:
         module: in eval mode.
         batch: as a dataloader gives it, on the device of the module.
@@ -86,6 +88,9 @@ def evaluation_step(module: LightningModule, batch: Any) -> Any:
             step = getattr(module, name)
             needs_index = "dataloader_idx" in inspect.signature(step).parameters
             return step(batch, 0, 0) if needs_index else step(batch, 0)
+    if is_overridden("training_step", module) and module.automatic_optimization:
+        wants_index = len(inspect.signature(module.training_step).parameters) > 1
+        return module.training_step(batch, 0) if wants_index else module.training_step(batch)
     return module.predict_step(batch)
 
 

@@ -610,6 +610,25 @@ def test_where_calibration_data_comes_from(arguments, data, width):
     assert input_range(callback.quantized_module) == pytest.approx(float(width), rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+@pytest.mark.parametrize("recipe", ["qat", "ptq"])
+def test_a_module_that_only_trains_is_calibrated_by_its_training_step(recipe):
+    class Minimal(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = ModuleNet()
+
+        def training_step(self, batch):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    callback = QuantizationCallback(recipe)
+    fit(callback, Minimal(), max_epochs=1, limit_val_batches=0)
+    assert callback.report.parity_passed and callback.report.quantized_modules == 4
+
+
 def test_bare_tensors_go_to_predict_step():
     class Predicts(Plain):
         def predict_step(self, batch, batch_idx=0):
