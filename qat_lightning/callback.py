@@ -421,7 +421,7 @@ class QuantizationCallback(Callback):
         if length_of(batches) == 0:
             log.warning("The training batches can be read once only: ranges begin with the first one. Give `calibration_data` for better.")
         else:
-            start_from_calibration(pl_module, plans, recipe, wanted, trainer, batches, self.calibration_step)
+            start_from_calibration(pl_module, plans, recipe, wanted, trainer, batches, self.calibration_step, self._batch_norms)
 
     @property
     @override

@@ -220,7 +220,7 @@ class QAT(Recipe):
         freeze_bn: from then on BatchNorm normalises with its running statistics and stops updating them; None: never.
         start: fake-quant begins here, observers watch from the first step; None: at once.
         calibration_batches: how many batches the activation ranges are calibrated with when fake-quant begins, as in post-training
-            quantization; 0 for none: ranges start with the first batch, which suits a network that starts untrained.
+            quantization; 0 for none: ranges start with the first batch.
         observer: how the calibration chooses a range, as in :class:`StaticPTQ`.
             Until observers are frozen, training moves the ranges on by a moving average of minima and maxima.
         bias_correction: shift the bias of each layer by the mean error of its output, too, as in :class:`StaticPTQ`, where BatchNorm is

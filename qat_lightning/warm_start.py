@@ -1,19 +1,26 @@
-"""What a module is given before it trains with fake-quant: the ranges and biases of post-training quantization."""
+"""What a module is given before it trains with fake-quant: the ranges and biases of post-training quantization.
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+BatchNorm normalises with each batch's own statistics where it will do so in training. Those of a network that starts untrained say
+nothing yet: ranges found with them are so narrow that everything saturates, and a deep network diverges in its first steps.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from qat_lightning.batch_norm import put_back
 from qat_lightning.bn_reestimation import tracked_norms
 from qat_lightning.calibration import observe
 from qat_lightning.conversion import FirstBatches, captured
 from qat_lightning.distributed import Processes, alone, fail_together
 from qat_lightning.errors import CalibrationError
-from qat_lightning.observers import apply_phase, fake_quants, measure_weights
+from qat_lightning.observers import apply_phase, fake_quants, freeze_bn, measure_weights
 from qat_lightning.plan import Plan
 from qat_lightning.recipe import QAT
 from qat_lightning.refinement import SAMPLES, refine_layers
@@ -31,11 +38,12 @@ def start_from_calibration(
     trainer: Trainer,
     batches: Iterable[Any],
     step: Step,
+    batch_norms: Mapping[str, nn.Module],
 ) -> None:
     """Give ``module`` the ranges, and where BatchNorm is frozen the biases, that post-training quantization would give it.
 
-    Copies watch the batches, in evaluation mode: of the module nothing else changes. While BatchNorm learns, it subtracts the mean error
-    of each batch itself, so that biases are left alone.
+    Copies watch the batches, in evaluation mode but for BatchNorm: of the module nothing else changes. While BatchNorm learns, it
+    subtracts the mean error of each batch itself, so that biases are left alone.
 
     Args:
         module: prepared, on the device it trains on.
@@ -45,22 +53,40 @@ def start_from_calibration(
         trainer: in its fit.
         batches: the part of this process.
         step: runs one batch through a LightningModule.
+        batch_norms: from :func:`qat_lightning.batch_norm.batch_norms`, before any was replaced.
 
     Raises:
-        CalibrationError: no batch, or NaN or infinite values in a batch or an activation.
+        CalibrationError: no batch, NaN or infinite values in a batch or an activation, or a batch with one value per channel for a
+            BatchNorm that learns.
     """
     unshifted = phase.bn_frozen or not tracked_norms({name: module.get_submodule(name) for name in plans})
     corrects = recipe.bias_correction and unshifted
     processes = Processes.of(trainer)
     first = FirstBatches(batches, 1, SAMPLES if corrects else 0)
     with torch.random.fork_rng(devices=[]):
-        _calibrate_ranges(module, plans, recipe, trainer, first, step)
+        copied = _as_in_training(module, plans, phase, batch_norms)
+        _calibrate_ranges(module, copied, plans, recipe, trainer, first, step)
         if corrects:
             with fail_together(processes):
                 if processes.rank == 0:
                     with alone():
-                        _correct_biases(module, plans, trainer, first.batches(), step)
+                        copied = _as_in_training(module, plans, phase, batch_norms)
+                        _correct_biases(module, copied, plans, trainer, first.batches(), step)
             _share_parameters([module.get_submodule(name) for name in plans], processes)
+
+
+def _as_in_training(module: LightningModule, targets: Iterable[str], phase: Phase, originals: Mapping[str, nn.Module]) -> LightningModule:
+    """Return a copy in eval mode, but for the BatchNorm that will learn; none of it waits for another process."""
+    copied = clone(module)
+    put_back(copied, originals)
+    learning = [child for child in copied.modules() if isinstance(child, _BatchNorm) and child.training]
+    copied.eval()
+    for child in learning:
+        child.train()
+    if phase.bn_frozen:
+        for name in targets:
+            freeze_bn(copied.get_submodule(name), frozen=True)
+    return copied
 
 
 def learnt_nothing(module: nn.Module) -> bool:
@@ -72,13 +98,18 @@ def learnt_nothing(module: nn.Module) -> bool:
 
 
 def _calibrate_ranges(
-    module: LightningModule, targets: Collection[str], recipe: QAT, trainer: Trainer, batches: Iterable[Any], step: Step
+    module: LightningModule,
+    copied: LightningModule,
+    targets: Collection[str],
+    recipe: QAT,
+    trainer: Trainer,
+    batches: Iterable[Any],
+    step: Step,
 ) -> None:
-    copied = clone(module).eval()
     watching = [copied.get_submodule(name) for name in targets]
     twins = [_swap(target, recipe.observer) for target in watching]
     processes = Processes.of(trainer)
-    with attached(copied, trainer):
+    with attached(copied, trainer), _explaining_single_values():
         observe(
             watching,
             batches,
@@ -98,6 +129,19 @@ def _calibrate_ranges(
             learner.take_range(twin)
 
 
+@contextmanager
+def _explaining_single_values() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise CalibrationError(
+            f"A calibration batch has a single value per channel for a BatchNorm that learns ({error}). Calibrate with larger batches, or "
+            f"freeze BatchNorm from the start with freeze_bn=When(epoch=0)."
+        ) from error
+
+
 def _swap(target: nn.Module, observer: str) -> dict[str, Any]:
     """Replace the fake-quant of activations by twins that are calibrated, and return these by name."""
     twins: dict[int, Any] = {}
@@ -112,8 +156,9 @@ def _swap(target: nn.Module, observer: str) -> dict[str, Any]:
 # --- biases ------------------------------------------------------------------------------------------------------------------
 
 
-def _correct_biases(module: LightningModule, plans: Mapping[str, Plan], trainer: Trainer, batches: Sequence[Any], step: Step) -> None:
-    copied = clone(module).eval()
+def _correct_biases(
+    module: LightningModule, copied: LightningModule, plans: Mapping[str, Plan], trainer: Trainer, batches: Sequence[Any], step: Step
+) -> None:
     targets = {name: copied.get_submodule(name) for name in plans}
     for target in targets.values():
         measure_weights(target)

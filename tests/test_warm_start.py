@@ -90,6 +90,49 @@ def test_nothing_but_ranges_changes(flow):
     assert torch.equal(without.random, calibrated.random)
 
 
+def deep_net():
+    """Return an untrained net whose activations vanish, unless BatchNorm normalises them."""
+    torch.manual_seed(0)
+    channels = [1, 8, 8, 8, 8, 8, 8]
+    blocks = [
+        nn.Sequential(nn.Conv2d(one, two, 3, padding=1, bias=False), nn.BatchNorm2d(two), nn.ReLU6())
+        for one, two in itertools.pairwise(channels)
+    ]
+    for block in blocks:
+        block[0].weight.data.mul_(0.05)
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+@FLOWS
+def test_an_untrained_net_gets_the_ranges_it_trains_with(flow):
+    found = []
+    for batches in (0, 3):
+        seed_everything(1)
+        callback = QuantizationCallback(QAT(flow=flow, calibration_batches=batches, observer="minmax"))
+        module, _ = fit(callback, Plain(deep_net(), lr=0.0), max_epochs=1, limit_train_batches=3)
+        found.append([float(quant.scale) for quant in fake_quants(module) if hasattr(quant, "take_range")])
+    from_first_batch, calibrated = found
+    assert len(calibrated) >= 8
+    assert all(one == pytest.approx(two, rel=0.25) for one, two in zip(from_first_batch, calibrated, strict=True))
+
+
+class WithNormedFeatures(ModuleNet):
+    def __init__(self):
+        super().__init__()
+        self.relu2 = nn.Sequential(nn.BatchNorm1d(16), nn.ReLU())
+
+
+@FLOWS
+def test_single_values_are_refused_where_batch_norm_learns(flow):
+    images = Images().images
+    one_by_one = [(images[:1], torch.zeros(1, dtype=torch.long))] * 3
+    with pytest.raises(CalibrationError, match=r"single value per channel for a BatchNorm that learns.*freeze_bn"):
+        fit(QuantizationCallback(QAT(flow=flow), calibration_data=one_by_one), Plain(WithNormedFeatures()), max_epochs=1)
+    callback = QuantizationCallback(QAT(flow=flow, freeze_bn=When(epoch=0)), calibration_data=one_by_one)
+    fit(callback, Plain(WithNormedFeatures()), max_epochs=1)
+    assert callback.report.parity_passed
+
+
 def mean_errors(flow, **options):
     """Return by how much the mean of each output moves when fake-quant begins, and the callback after a fit that learns nothing."""
     net = trained_net()
