@@ -21,9 +21,10 @@ DEFAULTS = "defaults"
 ABLATIONS: dict[str, list[str]] = {
     DEFAULTS: [],
     "learns from labels, at a hundredth of the learning rate": ["quant.distillation=0"],
-    "ranges start with the first batch": ["quant.calibration_batches=0"],
+    "ranges follow the training until 60 % of it": ["quant.freeze_observers.fraction=0.6"],
+    "... and start with the first batch": ["quant.freeze_observers.fraction=0.6", "quant.calibration_batches=0"],
     "ranges calibrated by minima and maxima": ["quant.observer=minmax"],
-    "observers never freeze": ["quant.freeze_observers=null"],
+    "biases not corrected": ["quant.bias_correction=false"],
     "BatchNorm freezes halfway": ["quant.freeze_bn.fraction=0.5"],
     "one weight scale per tensor": ["quant.per_channel=false"],
 }

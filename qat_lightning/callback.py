@@ -419,6 +419,11 @@ class QuantizationCallback(Callback):
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule, recipe: QAT, wanted: Phase, plans: dict[str, Plan]) -> None:
         batches = calibration_batches(trainer, self._calibration_data)
         if length_of(batches) == 0:
+            if not wanted.observers:
+                raise CalibrationError(
+                    f"`freeze_observers={recipe.freeze_observers}` freezes the ranges before the observers have seen any data, since the "
+                    f"training batches can be read once only: give `calibration_data`, or freeze them later."
+                )
             log.warning("The training batches can be read once only: ranges begin with the first one. Give `calibration_data` for better.")
         else:
             start_from_calibration(pl_module, plans, recipe, wanted, trainer, batches, self.calibration_step, self._batch_norms)

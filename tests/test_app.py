@@ -110,7 +110,7 @@ def test_phases_of_qat_stay_apart(tmp_path):
 
 @pytest.mark.parametrize(
     ("choice", "share"),
-    [([], 0.004), (["quant.distillation=0.5"], 0.01), (["quant.distillation=0"], 0.01), (["quant.lr=0.005"], 0.1)],
+    [([], 0.02), (["quant.distillation=0.5"], 0.01), (["quant.distillation=0"], 0.01), (["quant.lr=0.005"], 0.1)],
 )
 def test_learning_rate_of_qat(choice, share, tmp_path):
     run_app(tmp_path, "+quant=qat", "quant.float_epochs=0", "model.lr=0.05", *choice)

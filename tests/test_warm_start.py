@@ -220,6 +220,14 @@ def test_batches_that_can_be_read_once_are_kept_for_training(caplog):
     assert "can be read once only" in caplog.text
 
 
+def test_ranges_are_not_frozen_before_any_data():
+    with pytest.raises(CalibrationError, match=r"freeze_observers=When\(epoch=0\).*read once only: give `calibration_data`"):
+        fit(QuantizationCallback(QAT(freeze_observers=When(epoch=0))), data=Once(), max_epochs=1)
+    callback = QuantizationCallback(QAT(freeze_observers=When(epoch=0)), calibration_data=[IMAGES])
+    fit(callback, data=Once(), max_epochs=1)
+    assert callback.report.parity_passed
+
+
 @pytest.mark.filterwarnings("ignore:.*num_workers")
 @pytest.mark.parametrize(("data", "module"), [(Persistent, Plain), (Several, First)])
 def test_the_training_keeps_its_place(data, module):
