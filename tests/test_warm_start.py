@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from qat_lightning import QAT, CalibrationError, QuantizationCallback, StaticPTQ, When
 from qat_lightning.observers import fake_quants
 from tests.nets import QUIET, Images, ModuleNet, Plain, fit
-from tests.test_callback import IMAGES
+from tests.test_callback import IMAGES, LABELLED
 
 FLOWS = pytest.mark.parametrize("flow", ["fx", "eager"])
 FIXED = {"freeze_observers": When(epoch=0), "freeze_bn": When(epoch=0)}
@@ -223,7 +223,7 @@ def test_batches_that_can_be_read_once_are_kept_for_training(caplog):
 def test_ranges_are_not_frozen_before_any_data():
     with pytest.raises(CalibrationError, match=r"freeze_observers=When\(epoch=0\).*read once only: give `calibration_data`"):
         fit(QuantizationCallback(QAT(freeze_observers=When(epoch=0))), data=Once(), max_epochs=1)
-    callback = QuantizationCallback(QAT(freeze_observers=When(epoch=0)), calibration_data=[IMAGES])
+    callback = QuantizationCallback(QAT(freeze_observers=When(epoch=0)), calibration_data=[LABELLED])
     fit(callback, data=Once(), max_epochs=1)
     assert callback.report.parity_passed
 
