@@ -63,6 +63,8 @@ def start_from_calibration(
     corrects = recipe.bias_correction and unshifted
     processes = Processes.of(trainer)
     first = FirstBatches(batches, 1, SAMPLES if corrects else 0)
+    for name in plans:
+        measure_weights(module.get_submodule(name))  # they may have been loaded since the module was prepared
     with torch.random.fork_rng(devices=[]):
         copied = _as_in_training(module, plans, phase, batch_norms)
         _calibrate_ranges(module, copied, plans, recipe, trainer, first, step)
@@ -161,7 +163,6 @@ def _correct_biases(
 ) -> None:
     targets = {name: copied.get_submodule(name) for name in plans}
     for target in targets.values():
-        measure_weights(target)
         apply_phase(target, IDLE)
     with attached(copied, trainer):
         calls = captured(targets, batches, lambda batch: step(copied, to_device(copied, batch)))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from qat_lightning import QAT, CalibrationError, QuantizationCallback, StaticPTQ, When
-from qat_lightning.observers import fake_quants
+from qat_lightning.observers import fake_quants, measure_weights
 from tests.nets import QUIET, Images, ModuleNet, Plain, fit
 from tests.test_callback import IMAGES, LABELLED
 
@@ -186,6 +186,25 @@ def test_a_resumed_run_and_a_second_fit_calibrate_no_more(tmp_path):
     again = Counting("qat")
     Trainer(max_epochs=1, callbacks=[again], **QUIET).fit(module, Images())
     assert first.steps and not resumed.steps and not again.steps
+
+
+class Grow(Callback):
+    """Changes the weights after they were prepared."""
+
+    def on_fit_start(self, trainer, pl_module):
+        for layer in pl_module.modules():
+            if hasattr(layer, "weight_fake_quant"):
+                layer.weight.data *= 3
+
+
+@FLOWS
+def test_weights_that_are_set_after_setup_have_their_own_scales(flow):
+    module, _ = fit(QuantizationCallback(QAT(flow=flow, **FIXED)), Plain(lr=0.0), Still(), [Grow()], max_epochs=1)
+    before = {name: quant.scale.clone() for name, quant in module.named_modules() if hasattr(quant, "measure")}
+    measure_weights(module)
+    assert len(before) == 4
+    for name, scale in before.items():
+        torch.testing.assert_close(scale, module.get_submodule(name).scale)
 
 
 class Once(Images):
