@@ -17,7 +17,8 @@ CONF = Path(__file__).parents[1] / "conf"
 APP_FIELDS = {"modules", "float_epochs", "lr", "convert", "parity", "metric", "sensitivity"}
 RECIPES = {"qat": QAT, "ptq": StaticPTQ, "dynamic": DynamicPTQ}
 # What differs from the defaults of the dataclass: on the command line, quantization-aware training always follows a float model.
-DEFAULTS = {"qat": {"distillation": 1.0, "freeze_bn": When(fraction=0.0)}, "ptq": {}, "dynamic": {}}
+AT_ONCE = When(fraction=0.0)
+DEFAULTS = {"qat": {"distillation": 1.0, "freeze_bn": AT_ONCE, "freeze_observers": AT_ONCE}, "ptq": {}, "dynamic": {}}
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 
 # What a config leaves to the user.
