@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_lightning.files import write_atomically
-from qat_lightning.layerwise import LayerCase, channel_axis, linear_part
+from qat_lightning.layerwise import LayerCase, channel_axis, pre_activation
 from qat_lightning.recipe import AdaRound
 
 # Of the rectified sigmoid (equation 23 of the paper), which reaches 0 and 1.
@@ -140,7 +140,7 @@ class _Problem:
 def _sample(case: LayerCase, index: int, count: int) -> tuple[Tensor, Tensor]:
     """Return input patches ``(samples, inputs)`` and float outputs ``(samples, channels)`` at about ``count`` positions of one batch."""
     layer, x = case.layer, case.inputs[index]
-    output = linear_part(case.twin, case.float_inputs[index], case.twin.weight).movedim(channel_axis(layer), -1)
+    output = pre_activation(case.twin, case.float_inputs[index]).movedim(channel_axis(layer), -1)
     generator = torch.Generator().manual_seed(index)
     if isinstance(layer, nn.Linear):
         x, output = x.flatten(0, -2), output.flatten(0, -2)

@@ -409,8 +409,9 @@ class QuantizationCallback(Callback):
         """Calibrate where fake-quant begins now, as the state dict tells, so that a resumed run does not do it again; and teach."""
         targets = {name: pl_module.get_submodule(name) for name in self._plans}
         fresh = [name for name, target in targets.items() if learnt_nothing(target)]
-        for name in self._baseline.targets.keys() & fresh if recipe.distillation else ():
-            self._baseline.targets[name].load_state_dict(float_weights(targets[name]), strict=False)
+        if recipe.distillation:  # the teacher is the float model, before its biases are corrected
+            for name in self._baseline.targets.keys() & fresh:
+                self._baseline.targets[name].load_state_dict(float_weights(targets[name]), strict=False)
         if fresh and recipe.calibration_batches:
             self._calibrate(trainer, pl_module, recipe, wanted, {name: self._plans[name] for name in fresh})
         if recipe.distillation and self._distillation is None:

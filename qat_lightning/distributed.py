@@ -80,6 +80,14 @@ def synchronize_ranges(modules: Iterable[nn.Module]) -> None:
             quant.follow_observer()
 
 
+def share_parameters(modules: Iterable[nn.Module], processes: Processes) -> None:
+    """Give every process the parameters of rank zero."""
+    if processes.count > 1:
+        for module in modules:
+            for parameter in module.parameters():
+                dist.broadcast(parameter.data, 0)
+
+
 def _extremes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Return the smallest ``low`` and the largest ``high`` of all processes; NaN where one has NaN."""
     # A maximum over processes may lose NaN, which is why it travels as a number.

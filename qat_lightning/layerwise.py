@@ -32,20 +32,16 @@ class LayerCase:
 Visit: TypeAlias = Callable[[LayerCase], None]
 
 
-def linear_part(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """Return what a convolution or linear layer gives with another weight, in front of its activation."""
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, layer.bias)
-    output: Tensor = layer._conv_forward(x, weight, layer.bias)
-    return output
-
-
 def pre_activation(layer: Any, x: Tensor) -> Tensor:
     """Return what a layer of a prepared module gives in front of its activation, BatchNorm included where it is fused with one."""
     if hasattr(layer, "bn"):  # torch's, which scale weight and output by it
         output: Tensor = getattr(layer, "_forward", layer.forward)(x)
         return output
-    return linear_part(layer, x, layer.weight_fake_quant(layer.weight))
+    weight = layer.weight_fake_quant(layer.weight)
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, layer.bias)
+    output = layer._conv_forward(x, weight, layer.bias)
+    return output
 
 
 def bias_of(layer: Any) -> Tensor | None:

@@ -151,8 +151,8 @@ class LayerOverride:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.per_channel is not None and not isinstance(self.per_channel, bool):
-            raise TypeError(f"Expected argument `per_channel` to be a bool, but got {self.per_channel!r}.")
+        if self.per_channel is not None:
+            _check_switch("per_channel", self.per_channel)
         if self.activation_bits is not None:
             check_choice("activation_bits", self.activation_bits, ACTIVATION_BITS)
         if self.engine is not None:

@@ -83,14 +83,14 @@ def evaluation_step(module: LightningModule, batch: Any) -> Any:
     """
     if isinstance(batch, Tensor):
         return module.predict_step(batch)
-    for name in ("validation_step", "test_step", "predict_step"):
-        if is_overridden(name, module):
+    for name in ("validation_step", "test_step", "predict_step", "training_step"):
+        if is_overridden(name, module) and (name != "training_step" or module.automatic_optimization):
             step = getattr(module, name)
-            needs_index = "dataloader_idx" in inspect.signature(step).parameters
-            return step(batch, 0, 0) if needs_index else step(batch, 0)
-    if is_overridden("training_step", module) and module.automatic_optimization:
-        wants_index = len(inspect.signature(module.training_step).parameters) > 1
-        return module.training_step(batch, 0) if wants_index else module.training_step(batch)
+            parameters = inspect.signature(step).parameters
+            # Lightning leaves out the index of the batch, too, where a step takes the batch alone.
+            if [parameter.kind for parameter in parameters.values()] == [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
+                return step(batch)
+            return step(batch, 0, 0) if "dataloader_idx" in parameters else step(batch, 0)
     return module.predict_step(batch)
 
 

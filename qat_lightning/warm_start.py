@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,7 +17,7 @@ from qat_lightning.batch_norm import put_back
 from qat_lightning.bn_reestimation import tracked_norms
 from qat_lightning.calibration import observe
 from qat_lightning.conversion import FirstBatches, captured
-from qat_lightning.distributed import Processes, alone, fail_together
+from qat_lightning.distributed import Processes, alone, fail_together, share_parameters
 from qat_lightning.errors import CalibrationError
 from qat_lightning.observers import apply_phase, fake_quants, freeze_bn, measure_weights
 from qat_lightning.plan import Plan
@@ -26,8 +25,6 @@ from qat_lightning.recipe import QAT
 from qat_lightning.refinement import SAMPLES, refine_layers
 from qat_lightning.running import attached, clone, to_device
 from qat_lightning.schedule import IDLE, Phase
-
-Step = Callable[[LightningModule, Any], Any]
 
 
 def start_from_calibration(
@@ -37,12 +34,12 @@ def start_from_calibration(
     phase: Phase,
     trainer: Trainer,
     batches: Iterable[Any],
-    step: Step,
+    step: Callable[[LightningModule, Any], Any],
     batch_norms: Mapping[str, nn.Module],
 ) -> None:
     """Give ``module`` the ranges, and where BatchNorm is frozen the biases, that post-training quantization would give it.
 
-    Copies watch the batches, in evaluation mode but for BatchNorm: of the module nothing else changes. While BatchNorm learns, it
+    A copy watches the batches, in evaluation mode but for BatchNorm: of the module nothing else changes. While BatchNorm learns, it
     subtracts the mean error of each batch itself, so that biases are left alone.
 
     Args:
@@ -65,16 +62,19 @@ def start_from_calibration(
     first = FirstBatches(batches, 1, SAMPLES if corrects else 0)
     for name in plans:
         measure_weights(module.get_submodule(name))  # they may have been loaded since the module was prepared
-    with torch.random.fork_rng(devices=[]):
-        copied = _as_in_training(module, plans, phase, batch_norms)
-        _calibrate_ranges(module, copied, plans, recipe, trainer, first, step)
+    copied = _as_in_training(module, plans, phase, batch_norms)
+
+    def run(batch: Any) -> None:
+        step(copied, to_device(copied, batch))
+
+    with torch.random.fork_rng(devices=[]), attached(copied, trainer):
+        _calibrate_ranges(module, copied, plans, recipe, first, run, processes)
         if corrects:
             with fail_together(processes):
                 if processes.rank == 0:
                     with alone():
-                        copied = _as_in_training(module, plans, phase, batch_norms)
-                        _correct_biases(module, copied, plans, trainer, first.batches(), step)
-            _share_parameters([module.get_submodule(name) for name in plans], processes)
+                        _correct_biases(module, copied, plans, first.batches(), run)
+            share_parameters([module.get_submodule(name) for name in plans], processes)
 
 
 def _as_in_training(module: LightningModule, targets: Iterable[str], phase: Phase, originals: Mapping[str, nn.Module]) -> LightningModule:
@@ -104,22 +104,16 @@ def _calibrate_ranges(
     copied: LightningModule,
     targets: Collection[str],
     recipe: QAT,
-    trainer: Trainer,
     batches: Iterable[Any],
-    step: Step,
+    run: Callable[[Any], Any],
+    processes: Processes,
 ) -> None:
+    """Let the fake-quant of ``copied`` watch, and that of ``module`` take its ranges."""
     watching = [copied.get_submodule(name) for name in targets]
     twins = [_swap(target, recipe.observer) for target in watching]
-    processes = Processes.of(trainer)
-    with attached(copied, trainer), _explaining_single_values():
-        observe(
-            watching,
-            batches,
-            lambda batch: step(copied, to_device(copied, batch)),
-            limit=processes.part_of(recipe.calibration_batches),
-            progress=processes.rank == 0,
-            processes=processes,
-        )
+    limit = processes.part_of(recipe.calibration_batches)
+    with _explaining_single_values():
+        observe(watching, batches, run, limit, progress=processes.rank == 0, processes=processes)
     for name, by_path in zip(targets, twins, strict=True):
         for path, twin in by_path.items():
             if twin.saw_no_number:
@@ -159,22 +153,14 @@ def _swap(target: nn.Module, observer: str) -> dict[str, Any]:
 
 
 def _correct_biases(
-    module: LightningModule, copied: LightningModule, plans: Mapping[str, Plan], trainer: Trainer, batches: Sequence[Any], step: Step
+    module: LightningModule, copied: LightningModule, plans: Mapping[str, Plan], batches: Sequence[Any], run: Callable[[Any], Any]
 ) -> None:
+    """Correct the calibrated copy, and take its parameters."""
     targets = {name: copied.get_submodule(name) for name in plans}
     for target in targets.values():
         apply_phase(target, IDLE)
-    with attached(copied, trainer):
-        calls = captured(targets, batches, lambda batch: step(copied, to_device(copied, batch)))
+    calls = captured(targets, batches, run)
     for name, target in targets.items():
         refine_layers(target, plans[name], calls[name], bias_correction=True, adaround=None, progress=True)
         for learnt, corrected in zip(module.get_submodule(name).parameters(), target.parameters(), strict=True):
             learnt.data.copy_(corrected)
-
-
-def _share_parameters(targets: Iterable[nn.Module], processes: Processes) -> None:
-    """Give every process the parameters of rank zero."""
-    if processes.count > 1:
-        for target in targets:
-            for parameter in target.parameters():
-                dist.broadcast(parameter.data, 0)

@@ -1,4 +1,4 @@
-"""Calibrated ranges when fake-quant begins."""
+"""Calibrated ranges and corrected biases when fake-quant begins."""
 
 import copy
 import itertools
