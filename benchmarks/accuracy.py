@@ -85,14 +85,14 @@ class Case:
         self.net = net.eval()
         self.calibration = [images for images, _ in DataLoader(Subset(train, chosen), batch_size=32)]
         self.test = DataLoader(Subset(test, range(0, len(test), every)), batch_size=50, num_workers=WORKERS)
-        self.reference, self.labels = self._run(self.net, "float")
+        self.reference, self.labels = self.run(self.net, "float")
 
     def measure(self, method: str, quantize: Callable[[], Run]) -> Row:
         """Return the row of a method."""
         start = time.perf_counter()
         run = quantize()
         seconds = time.perf_counter() - start
-        logits, _ = self._run(run, method)
+        logits, _ = self.run(run, method)
         error = float((logits - self.reference).square().mean() / self.reference.square().mean())
         top1 = self._top1(logits)
         return Row(method, top1, self._top1(self.reference) - top1, seconds, error)
@@ -101,7 +101,8 @@ class Case:
         """Return the row of the float network."""
         return Row("float", self._top1(self.reference), 0.0, 0.0, 0.0)
 
-    def _run(self, run: Run, name: str) -> tuple[Tensor, Tensor]:
+    def run(self, run: Run, name: str) -> tuple[Tensor, Tensor]:
+        """Return what a function gives for the test images, and their labels."""
         with torch.inference_mode():
             pairs = [(run(images), labels) for images, labels in track(self.test, name, console=Console(stderr=True))]
         return torch.cat([logits for logits, _ in pairs]), torch.cat([labels for _, labels in pairs])
@@ -133,9 +134,8 @@ def rows(case: Case, backends: Sequence[str], peers: Sequence[Peer], ablation: b
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose a network and images."""
     parser.add_argument(
         "--net", required=True, help="module:callable that returns the trained network; append =VALUE for one integer argument"
     )
@@ -145,15 +145,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--std", type=float, nargs=3, default=[0.229, 0.224, 0.225])
     parser.add_argument("--calibration", type=int, default=256, help="training images")
     parser.add_argument("--every", type=int, default=1, help="take every n-th test image")
+
+
+def case_of(chosen: argparse.Namespace) -> Case:
+    """Return what these options choose."""
+    module, _, rest = chosen.net.partition(":")
+    name, _, argument = rest.partition("=")
+    net = getattr(importlib.import_module(module), name)(*([int(argument)] if argument else []))
+    return Case(net, chosen.data.expanduser(), chosen.size, chosen.mean, chosen.std, chosen.calibration, chosen.every)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_case_arguments(parser)
     parser.add_argument("--backends", nargs="*", default=list(supported_backends()))
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
-    module, _, rest = chosen.net.partition(":")
-    name, _, argument = rest.partition("=")
-    net = getattr(importlib.import_module(module), name)(*([int(argument)] if argument else []))
-    case = Case(net, chosen.data.expanduser(), chosen.size, chosen.mean, chosen.std, chosen.calibration, chosen.every)
+    case = case_of(chosen)
     found = rows(case, chosen.backends, [PEERS[peer] for peer in chosen.peers], chosen.ablation)
     if chosen.json:
         chosen.json.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")

@@ -15,10 +15,12 @@ from qat_lightning.errors import (
     UnsupportedModelError,
 )
 from qat_lightning.evaluation import Sensitivity, measure_sensitivity
+from qat_lightning.export import export_onnx
 from qat_lightning.fallback import quantize_within
 from qat_lightning.plan import Call
 from qat_lightning.recipe import QAT, AdaRound, DynamicPTQ, LayerOverride, StaticPTQ, When
 from qat_lightning.report import Report
+from qat_lightning.serving import ServedModel
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,7 @@ __all__ = [
     "QuantizationError",
     "Report",
     "Sensitivity",
+    "ServedModel",
     "StaticPTQ",
     "UnsupportedModelError",
     "When",
@@ -44,6 +47,7 @@ __all__ = [
     "calibrate",
     "convert",
     "equalize",
+    "export_onnx",
     "load_float_weights",
     "load_quantized",
     "measure_parity",

@@ -26,6 +26,9 @@ SMALLEST_SCALE = torch.finfo(torch.float32).eps
 """A constant tensor has an empty interval; PyTorch's observers fall back to the same scale."""
 
 
+INT32_MAX = torch.iinfo(torch.int32).max
+
+
 @dataclass(frozen=True)
 class QParams:
     """Scale, zero point and integer range of one tensor.
@@ -86,6 +89,19 @@ def quantize(x: Tensor, qparams: QParams) -> Tensor:
 def dequantize(q: Tensor, qparams: QParams) -> Tensor:
     """Return the real values, float32, that the integers ``q`` stand for."""
     return (q - qparams.zero_point).to(torch.float32) * torch.tensor(qparams.scale, dtype=torch.float32)
+
+
+def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
+    """Return the integers by which kernels add a bias to their sums of products (Jacob et al. 2018, section 2.4).
+
+    Args:
+        bias: one value per output channel.
+        scale: of the products, input scale times weight scale, per channel or for all.
+
+    Returns:
+        int32 tensor of the shape of ``bias``.
+    """
+    return torch.round(bias.double() / scale.double()).clamp(-INT32_MAX, INT32_MAX).to(torch.int32)
 
 
 def step_difference(left: Tensor, right: Tensor, qparams: QParams) -> Tensor:

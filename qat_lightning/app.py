@@ -20,13 +20,14 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat_lightning.artifact import refuse_foreign, save_quantized
+from qat_lightning.artifact import save_quantized
 from qat_lightning.callback import QuantizationCallback
 from qat_lightning.checkpoint import ConvertedWeights, load_float_weights
 from qat_lightning.distributed import ALONE, Processes, alone, fail_together
 from qat_lightning.errors import ConfigurationError, QuantizationError
 from qat_lightning.evaluation.plots import can_plot
 from qat_lightning.files import write_atomically
+from qat_lightning.folder import refuse_foreign
 from qat_lightning.gate import ParityAction
 from qat_lightning.instantiation import build, check_targets, make_importable
 from qat_lightning.recipe import QAT, DynamicPTQ, Recipe
@@ -345,7 +346,7 @@ def _train_and_quantize(this: Run, callback: QuantizationCallback) -> dict[str, 
 def _finish(this: Run, callback: QuantizationCallback, accuracies: dict[str, float | None]) -> Outcome:
     """Save the int8 model, test it, and write the report."""
     # Saved first: nothing that fails from here on costs the model.
-    save_quantized(callback.quantized_module, this.folder / "int8", callback.report)
+    save_quantized(callback.quantized_module, this.folder / "int8", callback.report, programs=())
     accuracies["int8"] = _test(this, _cpu_trainer(this), callback.quantized_module)
     report = callback.report.named(model=_name(this, "model"), data=_name(this, "data"))
     for column, accuracy in accuracies.items():

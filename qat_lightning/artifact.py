@@ -3,10 +3,10 @@
 import hashlib
 import inspect
 import math
-import re
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast, overload
 
 import safetensors.torch
 import torch
@@ -18,41 +18,51 @@ from qat_lightning.backend import this_cpu
 from qat_lightning.core import convert_planned, inputs_of, int8_plan_of, prepare_planned, record_inputs
 from qat_lightning.decoding import shown
 from qat_lightning.deprecation import quiet
-from qat_lightning.errors import ArtifactError
-from qat_lightning.files import read_regular, write_atomically
+from qat_lightning.errors import ArtifactError, ConfigurationError
 from qat_lightning.flows import Flow, get_flow
-from qat_lightning.manifest import FileEntry, Manifest, TargetEntry, is_manifest, weights_name
+from qat_lightning.folder import read_file, read_manifest, refuse_foreign, write_files
+from qat_lightning.manifest import FileEntry, FileKind, Manifest, TargetEntry, file_name
 from qat_lightning.plan import DYNAMIC_LAYERS, STATIC_LAYERS, Plan
-from qat_lightning.portability import differences, engine_notes, fit_to_machine
+from qat_lightning.portability import differences, engine_notes, fit_to_machine, shapes_in
 from qat_lightning.recipe import DynamicPTQ
+from qat_lightning.recorded import ProgramName, make_programs
 from qat_lightning.report import Report
+from qat_lightning.serving import AUTO, ServedModel, open_served
 from qat_lightning.targets import already
 from qat_lightning.tensors import check_grids, check_same_layout, from_plain, to_plain
 
-MANIFEST = "manifest.json"
-MANIFEST_LIMIT = 4_000_000
 # A channel of one float weight becomes an integer, a scale, a zero point and a bias: 25 bytes for 4. The room is for the header.
 EXPANSION = 8
 ROOM = 16_000_000
-# Names that save_quantized gives, while it writes and after.
-OWN_NAMES = re.compile(r"(manifest\.json|weights-[0-9a-f]{16}\.safetensors|\.(manifest\.json|weights-[0-9a-f]{16}\.safetensors)\.\w{8})")
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def save_quantized(module: nn.Module, folder: str | Path, report: Report | None = None) -> Path:
+def save_quantized(
+    module: nn.Module,
+    folder: str | Path,
+    report: Report | None = None,
+    example: Any = None,
+    programs: Sequence[ProgramName] | None = None,
+) -> Path:
     """Write an int8 model to ``folder``; a kill at any moment leaves the artifact that was there, or the new one.
 
     Args:
         module: ``QuantizationCallback.quantized_module``, or any module with int8 submodules from :func:`convert`.
         folder: is made where there is none; of an artifact, the files are replaced and others are left alone.
         report: e.g. ``QuantizationCallback.report``, whose figures the manifest keeps.
+        example: inputs of ``module`` that programs are recorded with: a tensor, a tuple of positional or a mapping of keyword arguments.
+            None: they compute the only int8 submodule, as it was called when it was calibrated.
+        programs: what the folder holds to be loaded without the class of the module: ``"torch"`` for its own kernels, ``"onnx"`` for other
+            runtimes, which needs the package ``onnx``. None: what can be made of it; a warning in the log says why one could not.
 
     Returns:
         the folder.
 
     Raises:
         ArtifactError: the module is not quantized or has state besides tensors, or ``folder`` exists and is no artifact.
+        ConfigurationError: a program that is named cannot be made: nobody saw a call of the module, or a package is missing.
+        UnsupportedModelError: a program that is named cannot hold the module; names the operator or the line.
+        ValueError: no program has that name.
     """
     folder = Path(folder)
     _, targets = already(module)
@@ -61,38 +71,64 @@ def save_quantized(module: nn.Module, folder: str | Path, report: Report | None 
     refuse_foreign(folder)
     with quiet():
         weights = _serialize(to_plain(_flow_of(targets).portable_state(module)))
-    manifest = _describe(targets, weights, report)
-    text, (weights_file, _) = manifest.to_json(), manifest.weights
-    # The manifest last: until it is replaced, it names the old weights, which are still there.
-    write_atomically(folder / weights_file, weights)
-    write_atomically(folder / MANIFEST, text)
-    _remove_leftovers(folder, keep=weights_file)
+    entry, made = make_programs(module, example, programs)
+    contents: dict[FileKind, bytes] = {"weights": weights, **made}
+    files = {kind: FileEntry(hashlib.sha256(content).hexdigest(), len(content)) for kind, content in contents.items()}
+    manifest = _describe(targets, files, entry, report)
+    write_files(folder, manifest, {file_name(kind, files[kind].sha256): content for kind, content in contents.items()})
     return folder
 
 
-def load_quantized(folder: str | Path, model: ModuleT) -> ModuleT:
-    """Return ``model`` with its structure swapped for int8 and the weights of ``folder``.
+@overload
+def load_quantized(folder: str | Path, model: ModuleT) -> ModuleT: ...
+
+
+@overload
+def load_quantized(folder: str | Path, *, runtime: str = ..., example: Any = ...) -> ServedModel: ...
+
+
+def load_quantized(folder: str | Path, model: ModuleT | None = None, *, runtime: str = AUTO, example: Any = None) -> ModuleT | ServedModel:
+    """Return the int8 model of ``folder``: with its class a module, without it a function that a runtime of this machine computes.
 
     Nothing in the folder is trusted or unpickled. A warning tells of another CPU or torch than the model was saved with, of engines
     that this machine lacks, and of kernels that overflow here.
 
     Args:
         folder: from :func:`save_quantized`.
-        model: a fresh float model of the class that was quantized; it is used up.
+        model: a fresh float model of the class that was quantized; it is used up. None: the program is loaded, which needs no class.
+        runtime: without ``model``: ``"torch"``, ``"onnxruntime"``, ``"openvino"``, or ``"auto"``, which times those that are installed,
+            takes the fastest, and keeps the figures in the manifest for the next time. All use as many threads as torch does now.
+        example: without ``model``: inputs of the size that ``"auto"`` is to time; None: one sample as the model was called.
+
+    Returns:
+        ``model`` with its structure swapped for int8, or a :class:`ServedModel`.
 
     Raises:
-        ArtifactError: a folder that is missing, incomplete, altered, of another format, or does not fit ``model``.
+        ArtifactError: a folder that is missing, incomplete, altered, of another format, does not fit ``model``, or holds no program.
+        ConfigurationError: a runtime that is not installed, or a setting that goes without ``model`` alone.
+        ValueError: no runtime has that name.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
-    weights = _read_weights(folder, manifest, model)
+    manifest = read_manifest(folder)
+    if model is None:
+        return open_served(folder, manifest, runtime, example)
+    if runtime != AUTO or example is not None:
+        raise ConfigurationError("`runtime` and `example` are for a model without its class: leave out `model`, or leave them out.")
+    return _load_into(model, folder, manifest)
+
+
+def _load_into(model: ModuleT, folder: Path, manifest: Manifest) -> ModuleT:
+    """Return ``model`` with its structure swapped for int8 and the weights of ``folder``."""
+    limit = ROOM + EXPANSION * sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    weights = read_file(folder, *manifest.weights, limit)
     kind = type(model).__name__
     notes = differences(manifest)
     model.cpu().eval()
     for name, entry in manifest.targets.items():
         target = _find_target(model, name, entry.plan, folder)
-        plan = fit_to_machine(entry.plan, target)
-        notes += engine_notes(entry.plan, plan, target)
+        shapes = shapes_in(target, entry.plan)
+        plan = fit_to_machine(entry.plan, shapes)
+        notes += engine_notes(entry.plan, plan, shapes)
         int8 = _rebuild(target, plan, folder)
         record_inputs(int8, entry.inputs)
         if name:
@@ -101,32 +137,11 @@ def load_quantized(folder: str | Path, model: ModuleT) -> ModuleT:
             model = cast(ModuleT, int8)
     _load_weights(weights, model, folder, kind)
     for note in notes:
-        warnings.warn(f"{folder}: {note}", stacklevel=2)
+        warnings.warn(f"{folder}: {note}", stacklevel=3)
     return model.eval()
 
 
 # --- saving ------------------------------------------------------------------------------------------------------------------
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Refuse to write into anything that is neither an artifact, nor empty, nor what a kill left of a first save.
-
-    Args:
-        folder: for :func:`save_quantized`.
-
-    Raises:
-        ArtifactError: it holds what is not ours.
-    """
-    if not folder.exists():
-        return
-    try:
-        ours = is_manifest(read_regular(folder / MANIFEST, MANIFEST_LIMIT))
-    except FileNotFoundError:
-        ours = all(OWN_NAMES.fullmatch(path.name) for path in folder.iterdir())
-    except (OSError, ValueError):
-        ours = False
-    if not ours:
-        raise ArtifactError(f"{folder} exists and is no saved int8 model: it is not overwritten. Choose another folder.")
 
 
 def _serialize(plain: dict[str, Tensor]) -> bytes:
@@ -138,8 +153,7 @@ def _serialize(plain: dict[str, Tensor]) -> bytes:
         raise ArtifactError(f"The weights cannot be written as safetensors: {error!r}. Keep such tensors out of the state dict.") from error
 
 
-def _describe(targets: dict[str, nn.Module], weights: bytes, report: Report | None) -> Manifest:
-    sha256 = hashlib.sha256(weights).hexdigest()
+def _describe(targets: dict[str, nn.Module], files: Mapping[FileKind, FileEntry], entry: str, report: Report | None) -> Manifest:
     figures = report.scalars() if report is not None else {}
     return Manifest(
         package=qat_lightning.__version__,
@@ -147,46 +161,13 @@ def _describe(targets: dict[str, nn.Module], weights: bytes, report: Report | No
         cpu=this_cpu(),
         targets={name: TargetEntry(_plan_of(target), inputs_of(target)) for name, target in targets.items()},
         metrics={name: figure for name, figure in figures.items() if math.isfinite(figure)},
-        files={weights_name(sha256): FileEntry(sha256, len(weights))},
+        files={file_name(kind, described.sha256): described for kind, described in files.items()},
+        entry=entry,
+        timings=(),
     )
 
 
-def _remove_leftovers(folder: Path, keep: str) -> None:
-    """Remove older weights, and what a kill has left."""
-    for path in folder.iterdir():
-        if OWN_NAMES.fullmatch(path.name) and path.name not in (MANIFEST, keep) and not path.is_dir():
-            path.unlink(missing_ok=True)
-
-
 # --- loading -----------------------------------------------------------------------------------------------------------------
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    try:
-        return Manifest.from_json(read_regular(path, MANIFEST_LIMIT))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ArtifactError(f"{folder} has no {MANIFEST}: it is no int8 model saved by save_quantized, or an incomplete one.") from None
-    except (ArtifactError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be used: {error}") from error
-
-
-def _read_weights(folder: Path, manifest: Manifest, model: nn.Module) -> bytes:
-    """Return the content of the weights, which is that of the manifest and no more than a model of this size needs."""
-    name, entry = manifest.weights
-    limit = ROOM + EXPANSION * sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    try:
-        content = read_regular(folder / name, limit)
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder} has no {name}: the artifact is incomplete. Copy it anew from where it was saved.") from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder / name} cannot be used: {error}") from error
-    if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise ArtifactError(
-            f"{folder / name} is not the file that {MANIFEST} describes ({entry.bytes} bytes, SHA-256 {entry.sha256[:16]}...): it is "
-            f"truncated or altered. Copy it anew from where it was saved."
-        )
-    return content
 
 
 def _find_target(model: nn.Module, name: str, plan: Plan, folder: Path) -> nn.Module:

@@ -28,9 +28,9 @@ from qat_lightning.plan import Call, Plan
 from qat_lightning.recipe import QAT, DynamicPTQ, EqualizationName, Recipe, StaticPTQ
 from qat_lightning.refinement import SAMPLES, refine_layers
 from qat_lightning.report import LayerParity, LayerReport, Measurement, Report
-from qat_lightning.running import batch_size, clone, first_of_batch, to_cpu_float
+from qat_lightning.running import clone, to_cpu_float
 from qat_lightning.schedule import IDLE
-from qat_lightning.signature import describe
+from qat_lightning.signature import batch_size, describe, first_of_batch
 from qat_lightning.targets import capture_calls
 
 log = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ def _convert(
     int8 = {name: convert_planned(copy.deepcopy(target), plans[name]) for name, target in prepared.items()}
     parity = None if isinstance(recipe, DynamicPTQ) or not compare else _parity(prepared, int8, plans, calls)
     for name, target in int8.items():
-        record_inputs(target, describe([*calls[name], *single[name]]))
+        record_inputs(target, describe([*calls[name], *single[name]]), next(iter(single[name]), None))
         module.set_submodule(name, target)
     float_ms, int8_ms = latency(baseline.targets, int8, single)
     layers = tuple(_layers(int8, plans))

@@ -20,7 +20,7 @@ from qat_lightning.plan import Call, Plan, check_fuse, check_overrides, make_pla
 from qat_lightning.recipe import AdaRound, DynamicPTQ, Recipe, StaticPTQ, parse_recipe
 from qat_lightning.refinement import refine_layers
 from qat_lightning.report import LayerParity
-from qat_lightning.signature import Signature, widen
+from qat_lightning.signature import Signature, first_of_call, widen
 from qat_lightning.state import PreparedState, tensor_names
 from qat_lightning.suitability import adapt
 from qat_lightning.zero_scales import lift_zero_scales
@@ -28,6 +28,7 @@ from qat_lightning.zero_scales import lift_zero_scales
 _PREPARED = "prepared"
 _INT8 = "int8"
 _INPUTS = "inputs"
+_EXAMPLE = "example"
 _MARK = "_qat_lightning"
 
 
@@ -78,7 +79,7 @@ def calibrate(prepared: nn.Module, batches: Iterable[Any], limit: int | None = N
 
     def step(batch: Any) -> None:
         call = as_call(batch)
-        record_inputs(bare, widen(inputs_of(bare), call))
+        record_inputs(bare, widen(inputs_of(bare), call), example_of(bare) or first_of_call(call))
         call.run(bare)
 
     run_calibration([bare], batches, step, limit, progress)
@@ -148,7 +149,7 @@ def convert(prepared: nn.Module) -> nn.Module:
     plan = require_prepared(inside(prepared))
     check_ranges(prepared, "convert")
     int8 = convert_planned(uncompiled_copy(prepared).cpu(), plan)
-    record_inputs(int8, inputs_of(inside(prepared)))
+    record_inputs(int8, inputs_of(inside(prepared)), example_of(inside(prepared)))
     return int8
 
 
@@ -223,15 +224,22 @@ def int8_plan_of(module: nn.Module) -> Plan | None:
     return _read(module, _INT8)
 
 
-def record_inputs(module: nn.Module, inputs: Signature | None) -> None:
-    """Keep what a prepared or int8 module is called with."""
+def record_inputs(module: nn.Module, inputs: Signature | None, example: Call | None = None) -> None:
+    """Keep what a prepared or int8 module is called with, and one such call."""
     _home(module)[_MARK][_INPUTS] = inputs
+    _home(module)[_MARK][_EXAMPLE] = example
 
 
 def inputs_of(module: nn.Module) -> Signature | None:
     """Return what a prepared or int8 module is called with; None where nobody saw a call."""
     inputs: Signature | None = _home(module)[_MARK].get(_INPUTS)
     return inputs
+
+
+def example_of(module: nn.Module) -> Call | None:
+    """Return a call of a prepared or int8 module with one sample; None where nobody kept one."""
+    example: Call | None = _home(module)[_MARK].get(_EXAMPLE)
+    return example
 
 
 def require_layers(plans: dict[str, Plan]) -> None:

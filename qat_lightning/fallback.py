@@ -23,8 +23,9 @@ from qat_lightning.evaluation.sensitivity import rank_layers
 from qat_lightning.plan import Plan, check_fuse, check_overrides, make_plan
 from qat_lightning.recipe import DynamicPTQ, Recipe, StaticPTQ
 from qat_lightning.report import Fallback
-from qat_lightning.running import clone, first_of_batch
+from qat_lightning.running import clone
 from qat_lightning.search import Found, fewest_in_float
+from qat_lightning.signature import first_of_batch
 
 log = logging.getLogger(__name__)
 

@@ -5,17 +5,22 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from qat_lightning.backend import Cpu
 from qat_lightning.decoding import decode, parse_json, shown
 from qat_lightning.errors import ArtifactError
 from qat_lightning.plan import Plan
+from qat_lightning.runtimes import Timing
 from qat_lightning.signature import Signature
 
 FORMAT = "qat_lightning int8"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SHA256 = re.compile(r"[0-9a-f]{64}")
+
+FileKind = Literal["weights", "program", "model"]
+SUFFIXES: dict[FileKind, str] = {"weights": "safetensors", "program": "json", "model": "onnx"}
+"""The weights, torch's program on them, and the same for other runtimes with weights of its own."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,9 @@ class Manifest:
         cpu: the processor it was saved on.
         targets: the int8 submodules by qualified name; the name is empty where the whole model is one.
         metrics: figures of its report, e.g. ``int8/acc``; empty where none was given.
-        files: the files of the folder by name: the weights.
+        files: the files of the folder by name: the weights, and the programs, if there are any.
+        entry: the submodule that the programs compute; empty for the whole model.
+        timings: of the runtimes, on the machines that have loaded it with ``runtime="auto"``.
     """
 
     package: str
@@ -70,20 +77,29 @@ class Manifest:
     targets: Mapping[str, TargetEntry]
     metrics: Mapping[str, float]
     files: Mapping[str, FileEntry]
+    entry: str
+    timings: tuple[Timing, ...]
 
     def __post_init__(self) -> None:
         """Check what the types leave open."""
         if not self.targets or ("" in self.targets and len(self.targets) > 1):
             raise ValueError(f"targets are {shown(sorted(self.targets))}: there must be one, or several with names")
-        if [weights_name(entry.sha256) for entry in self.files.values()] != list(self.files):
+        kinds = [_kind(name, entry.sha256) for name, entry in self.files.items()]
+        if None in kinds:
             raise ValueError(f"files are {shown(sorted(self.files))}: their names must come from their SHA-256")
-        if len(self.files) != 1:
-            raise ValueError(f"files has {len(self.files)} entries: there must be one, the weights")
+        if len({*kinds}) < len(kinds) or "weights" not in kinds:
+            raise ValueError(f"files are {shown(sorted(self.files))}: there must be one of weights, and at most one program of each kind")
+
+    def file(self, kind: FileKind) -> tuple[str, FileEntry] | None:
+        """Return name and entry of a file, None where there is no such."""
+        return next(((name, entry) for name, entry in self.files.items() if _kind(name, entry.sha256) == kind), None)
 
     @property
     def weights(self) -> tuple[str, FileEntry]:
         """Name and entry of the weights."""
-        return next(iter(self.files.items()))
+        found = self.file("weights")
+        assert found is not None
+        return found
 
     def to_json(self) -> str:
         """Return the manifest as it is written, with a checksum of itself."""
@@ -111,9 +127,13 @@ class Manifest:
             raise ArtifactError(f"it says what save_quantized never writes: {error}.") from None
 
 
-def weights_name(sha256: str) -> str:
-    """Return the name of the file with the weights, which comes from its content: a new one never replaces one in use."""
-    return f"weights-{sha256[:16]}.safetensors"
+def file_name(kind: FileKind, sha256: str) -> str:
+    """Return the name of a file, which comes from its content: a new one never replaces one in use."""
+    return f"{kind}-{sha256[:16]}.{SUFFIXES[kind]}"
+
+
+def _kind(name: str, sha256: str) -> FileKind | None:
+    return next((kind for kind in SUFFIXES if file_name(kind, sha256) == name), None)
 
 
 def is_manifest(text: bytes) -> bool:

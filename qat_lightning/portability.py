@@ -1,6 +1,8 @@
 """A saved int8 model on another machine: what differs there, and which engines run it."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -11,6 +13,8 @@ from qat_lightning.errors import ArtifactError, shorten
 from qat_lightning.manifest import Manifest
 from qat_lightning.plan import LayerPlan, Plan
 from qat_lightning.recipe import BACKENDS, BackendName, DynamicPTQ
+
+Shapes: TypeAlias = Mapping[str, LayerShape | None]
 
 
 def differences(manifest: Manifest) -> list[str]:
@@ -31,28 +35,33 @@ def differences(manifest: Manifest) -> list[str]:
     ]
 
 
-def fit_to_machine(plan: Plan, module: nn.Module) -> Plan:
+def shapes_in(module: nn.Module, plan: Plan) -> Shapes:
+    """Return the shape of each planned layer of a float module; None for one that the probe does not know."""
+    return {name: LayerShape.of(module.get_submodule(name)) for name in plan.layers}
+
+
+def fit_to_machine(plan: Plan, shapes: Shapes) -> Plan:
     """Return the plan with other engines where this machine lacks the planned ones.
 
     Args:
         plan: of the artifact.
-        module: the float module, with the layers that the plan names.
+        shapes: of its layers.
 
     Raises:
         ArtifactError: no engine of this machine computes a layer right.
     """
-    layers = {name: replace(layer, kernel=_kernel(name, layer, _shape(plan, module, name))) for name, layer in plan.layers.items()}
+    layers = {name: replace(layer, kernel=_kernel(name, layer, _shape(plan, shapes, name))) for name, layer in plan.layers.items()}
     backend = plan.backend if plan.backend in supported_backends() else _by_preference()[0]
     return replace(plan, backend=backend, layers=layers)
 
 
-def engine_notes(saved: Plan, fitted: Plan, module: nn.Module) -> list[str]:
+def engine_notes(saved: Plan, fitted: Plan, shapes: Shapes) -> list[str]:
     """Return warnings of engines that were replaced, and of kernels that overflow on this machine.
 
     Args:
         saved: the plan of the artifact.
         fitted: what :func:`fit_to_machine` made of it.
-        module: the float module.
+        shapes: of its layers.
     """
     notes = []
     moved = [name for name, layer in saved.layers.items() if layer != fitted.layers[name]]
@@ -62,7 +71,7 @@ def engine_notes(saved: Plan, fitted: Plan, module: nn.Module) -> list[str]:
             f"the int8 model was saved for {', '.join(lacking)}, which this build of torch lacks: {_names(moved)} run on other engines. "
             f"Outputs may differ by a quantization step a layer: measure the accuracy, or convert it here with backend={fitted.backend!r}."
         )
-    saturating = [name for name, layer in fitted.layers.items() if _saturates(layer, _shape(fitted, module, name))]
+    saturating = [name for name, layer in fitted.layers.items() if _saturates(layer, _shape(fitted, shapes, name))]
     if saturating:
         notes.append(
             f"the kernels of {_names(saturating)} overflow on this CPU with the engine and value range that the int8 model was saved "
@@ -92,9 +101,9 @@ def _by_preference() -> list[BackendName]:
     return [name for name in dict.fromkeys((*FALLBACK_ENGINES, *BACKENDS)) if name in supported_backends()]
 
 
-def _shape(plan: Plan, module: nn.Module, name: str) -> LayerShape | None:
+def _shape(plan: Plan, shapes: Shapes, name: str) -> LayerShape | None:
     # Dynamic kernels choose the range of their inputs themselves.
-    return None if plan.recipe == DynamicPTQ.name else LayerShape.of(module.get_submodule(name))
+    return None if plan.recipe == DynamicPTQ.name else shapes.get(name)
 
 
 def _saturates(layer: LayerPlan, shape: LayerShape | None) -> bool:

@@ -128,21 +128,6 @@ def _beside(loader: Any) -> Any:
     return copied
 
 
-def batch_size(batch: Any) -> int:
-    """Return the number of samples: the first dimension of the first tensor."""
-    return next((leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0), 0)
-
-
-def first_of_batch(batch: Any) -> Any:
-    """Return a batch of the first sample: every tensor whose first dimension is the batch size is cut."""
-    size = batch_size(batch)
-
-    def cut(leaf: Any) -> Any:
-        return leaf[:1] if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size else leaf
-
-    return pytree.tree_map(cut, batch)
-
-
 def to_cpu_float(call: Call) -> Call:
     """Return the call on the CPU, half-precision tensors as float32: what int8 kernels take."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from qat_lightning.manifest import checksum, weights_name
+from qat_lightning.manifest import checksum, file_name
 
 MANIFEST = "manifest.json"
 EVIL_VALUES = (
@@ -75,9 +75,9 @@ def sign_weights(folder: Path, content: bytes, size: int | None = None) -> None:
     """Replace the weights, and whatever the manifest says of them."""
     weights_of(folder).unlink()
     sha256 = hashlib.sha256(content).hexdigest()
-    (folder / weights_name(sha256)).write_bytes(content)
+    (folder / file_name("weights", sha256)).write_bytes(content)
     manifest = read_manifest(folder)
-    manifest["files"] = {weights_name(sha256): {"sha256": sha256, "bytes": len(content) if size is None else size}}
+    manifest["files"] = {file_name("weights", sha256): {"sha256": sha256, "bytes": len(content) if size is None else size}}
     sign_manifest(folder, manifest)
 
 
@@ -257,12 +257,13 @@ def fill_manifest(folder: Path, random: Random) -> None:
 @mutation(signed=True)
 def name_another_file(folder: Path, random: Random) -> None:
     manifest = read_manifest(folder)
-    ((name, entry),) = manifest["files"].items()
+    name = weights_of(folder).name
+    entry, rest = manifest["files"].pop(name), manifest["files"]
     outside = folder.parent / name
     if random.random() < 0.5:
         outside.write_bytes((folder / name).read_bytes())
     other = random.choice([*EVIL_NAMES, f"../{name}", str(outside), f"./{name}", f"x/../{name}", name.upper(), f"{name}\x00"])
-    manifest["files"] = random.choice([{other: entry}, {name: entry, other: entry}, {other: entry, name: entry}])
+    manifest["files"] = {**random.choice([{other: entry}, {name: entry, other: entry}, {other: entry, name: entry}]), **rest}
     sign_manifest(folder, manifest)
 
 

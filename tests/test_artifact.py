@@ -103,13 +103,16 @@ def test_several_inputs_and_an_example(tmp_path):
     assert torch.equal(loaded(x, ids=ids)["logits"], int8(x, ids=ids)["logits"])
 
 
-def test_a_folder_holds_weights_and_a_manifest_and_nothing_else(artifact):
+def test_a_folder_holds_weights_programs_and_a_manifest_and_nothing_else(artifact):
     manifest = read_manifest(artifact)
-    ((weights, entry),) = manifest["files"].items()
-    content = (artifact / weights).read_bytes()
-    assert {path.name for path in artifact.iterdir()} == {"manifest.json", weights}
-    assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)} and entry["sha256"].startswith(weights[8:24])
-    assert manifest["format_version"] == 2 and manifest["package"] == qat_lightning.__version__ and manifest["torch"] == torch.__version__
+    assert {path.name for path in artifact.iterdir()} == {"manifest.json", "model.onnx", *manifest["files"]}
+    for name, entry in manifest["files"].items():
+        content = (artifact / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        assert entry["sha256"][:16] == name.partition("-")[2].partition(".")[0]
+    assert sorted(name.partition("-")[0] for name in manifest["files"]) == ["model", "program", "weights"]
+    assert (artifact / "model.onnx").read_bytes() == next(artifact.glob("model-*")).read_bytes()
+    assert manifest["format_version"] == 3 and manifest["package"] == qat_lightning.__version__ and manifest["torch"] == torch.__version__
     assert manifest["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability() and manifest["metrics"] == {}
     plan = manifest["targets"][""]["plan"]
     assert (plan["recipe"], plan["flow"], plan["backend"]) == ("ptq", "fx", "x86")
@@ -196,16 +199,17 @@ def test_an_empty_folder_is_used(tmp_path):
 def test_files_of_others_in_an_artifact_are_left_alone(artifact):
     (artifact / "README").write_text("mine")
     save_quantized(static(ModuleNet().eval(), flow="eager"), artifact)
-    assert (artifact / "README").read_text() == "mine" and len(list(artifact.iterdir())) == 3
+    assert (artifact / "README").read_text() == "mine" and len(list(artifact.iterdir())) == 6
 
 
 def test_what_a_kill_has_left_is_removed(tmp_path):
-    for name in ("weights-0123456789abcdef.safetensors", ".manifest.json.a_b1c2d3", ".weights-0123456789abcdef.safetensors.abcdefgh"):
+    old = ("weights-0123456789abcdef.safetensors", "program-0123456789abcdef.json", "model-0123456789abcdef.onnx", ".model.onnx.00000000")
+    for name in (*old, ".manifest.json.a_b1c2d3", ".weights-0123456789abcdef.safetensors.abcdefgh"):
         (tmp_path / name).write_bytes(b"part")
     with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
         load_quantized(tmp_path, ModuleNet())
     save_quantized(static(ModuleNet().eval()), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *read_manifest(tmp_path)["files"]}
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "model.onnx", *read_manifest(tmp_path)["files"]}
 
 
 @pytest.mark.parametrize("foreign", ["folder", "file", "manifest"])
@@ -305,8 +309,8 @@ DAMAGES = {
     "foreign list": (lambda folder: (folder / "manifest.json").write_text("[]"), FOREIGN),
     "foreign object": (lambda folder: (folder / "manifest.json").write_text('{"name": "web app", "format_version": 2}'), FOREIGN),
     "first format": (lambda folder: (folder / "manifest.json").write_text('{"format": 1, "targets": {}}'), FOREIGN),
-    "newer": (sign(lambda manifest: manifest.update(format_version=3)), r"written by a newer version of qat_lightning: .* Upgrade"),
-    "older": (sign(lambda manifest: manifest.update(format_version=1)), "its format version is 1; this version of qat_lightning reads 2"),
+    "newer": (sign(lambda manifest: manifest.update(format_version=4)), r"written by a newer version of qat_lightning: .* Upgrade"),
+    "older": (sign(lambda manifest: manifest.update(format_version=2)), "its format version is 2; this version of qat_lightning reads 3"),
     "_target_": (sign(lambda manifest: manifest.update(_target_="os.system")), "`_target_` is no key that this version knows"),
     "_target_ in a plan": (
         sign(lambda manifest: manifest["targets"][""]["plan"].update(_target_="os.system")),
@@ -320,7 +324,7 @@ DAMAGES = {
     "negative size": (sign(lambda manifest: next(iter(manifest["files"].values())).update(bytes=-1)), "bytes is -1, less than none"),
     "no hash": (sign(lambda manifest: next(iter(manifest["files"].values())).update(sha256="")), "sha256 is '', which is no SHA-256"),
     "no target": (sign(lambda manifest: manifest.update(targets={})), "there must be one, or several with names"),
-    "no files": (sign(lambda manifest: manifest.update(files={})), "files has 0 entries"),
+    "no files": (sign(lambda manifest: manifest.update(files={})), "there must be one of weights"),
     "path upwards": (rename_weights("../elsewhere"), "their names must come from their SHA-256"),
     "absolute path": (rename_weights("/etc/passwd"), "their names must come from their SHA-256"),
     "link": (link_weights, "is no regular file but a link, a folder, a pipe or a device"),

@@ -1,4 +1,4 @@
-"""Latency on one thread, interleaved: a busy neighbour slows all candidates alike."""
+"""Latency, on one thread unless told otherwise, interleaved: a busy neighbour slows all candidates alike."""
 
 import gc
 import statistics
@@ -12,16 +12,19 @@ import torch
 WARM_UP = 3
 
 
-def interleaved_medians(candidates: Sequence[Callable[[], Any]], repeats: int = 50, budget_s: float = 5.0) -> tuple[float, ...]:
+def interleaved_medians(
+    candidates: Sequence[Callable[[], Any]], repeats: int = 50, budget_s: float = 5.0, threads: int = 1
+) -> tuple[float, ...]:
     """Return the median time of each candidate in milliseconds.
 
     Args:
         candidates: what to time; they take turns.
         repeats: rounds at most.
         budget_s: no further round is begun after this time, in seconds; at least five are run.
+        threads: of torch.
     """
     times: list[list[float]] = [[] for _ in candidates]
-    with _single_thread(), torch.inference_mode():
+    with _threads(threads), torch.inference_mode():
         for _ in range(WARM_UP):
             for candidate in candidates:
                 candidate()
@@ -37,9 +40,9 @@ def interleaved_medians(candidates: Sequence[Callable[[], Any]], repeats: int = 
 
 
 @contextmanager
-def _single_thread() -> Iterator[None]:
+def _threads(count: int) -> Iterator[None]:
     threads, collecting = torch.get_num_threads(), gc.isenabled()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     gc.disable()
     try:
         yield

@@ -44,6 +44,7 @@ from qat_lightning.flows.torch_ao import (
     planned_layer,
     portable_state,
     reference_of,
+    round_biases,
     static_qconfig,
 )
 from qat_lightning.flows.unused import drop_unused, keep_unused
@@ -111,10 +112,23 @@ def convert(prepared: nn.Module, plan: Plan) -> nn.Module:
     surface = _Surface.found_on(prepared)
     drop_unused(prepared)
     with quiet(), engine(plan.backend), _masked(prepared, plan):
+        scales = _input_scales(prepared)
         int8 = convert_fx(prepared.eval())
+    round_biases(int8, scales)
     pack(int8, plan)
     surface.attach(int8)
     return int8
+
+
+def _input_scales(prepared: fx.GraphModule) -> dict[str, float]:
+    """Return the scale of what goes into each layer that has fake-quant in front of it."""
+    scales = {}
+    for node in prepared.graph.nodes:
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if isinstance(source, fx.Node) and source.op == "call_module" and _is_fake_quant(prepared, source):
+            fake_quant: Any = prepared.get_submodule(str(source.target))
+            scales[str(node.target)] = float(fake_quant.calculate_qparams()[0].flatten()[0])
+    return scales
 
 
 def quantize_dynamic(module: nn.Module, plan: Plan) -> nn.Module:
@@ -295,7 +309,7 @@ def _static_mapping(plan: Plan, in_float: Sequence[str]) -> QConfigMapping:
     mapping = QConfigMapping().set_global(default)
     for key, qconfig in defaults.object_type_qconfigs.items():
         fixed = qconfig is not None and _is_fixed(qconfig.activation)
-        if fixed or key == "reshape":
+        if fixed:
             mapping.set_object_type(key, qconfig)
     for key in FLOAT_TYPES:
         mapping.set_object_type(key, None)

@@ -50,9 +50,9 @@ def with_copies(plan: Plan, module: nn.Module) -> Plan:
 
 
 def _has_own_range(module: nn.Module) -> bool:
-    """Whether the module has tensors, or is one whose int8 form keeps the range of its output."""
+    """Whether the module has tensors, is one whose int8 form keeps the range of its output, or one that is fused with what is before."""
     tensors = next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
-    return tensors or type(module) in get_default_static_quant_module_mappings()
+    return tensors or type(module) is nn.ReLU or type(module) in get_default_static_quant_module_mappings()
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """What the eager and fx flows share of ``torch.ao.quantization``: fake-quant modules, qconfigs and the packing of int8 weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.ao.quantization import (
     per_channel_dynamic_qconfig,
 )
 
-from qat_lightning.affine import SMALLEST_SCALE, QParams
+from qat_lightning.affine import SMALLEST_SCALE, QParams, quantize_bias
 from qat_lightning.backend import engine
 from qat_lightning.deprecation import quiet
 from qat_lightning.flows.clipping import Limits
@@ -289,6 +289,25 @@ def pack(int8: nn.Module, plan: Plan) -> None:
                 layer.set_weight_bias(_recurrent_weights(layer))
             else:
                 layer.set_weight_bias(*layer._weight_bias())
+
+
+def round_biases(int8: nn.Module, scales: Mapping[str, float]) -> None:
+    """Round the bias of each layer to the grid of its products, where integer kernels of other runtimes and of qnnpack add it.
+
+    Args:
+        int8: its layers are packed anew afterwards.
+        scales: of the input of each layer by name.
+    """
+    for name, layer in kernel_modules(int8):
+        if name not in scales or hasattr(layer, "_all_weight_values"):
+            continue
+        weight, bias = layer._weight_bias()
+        if bias is None:
+            continue
+        per_channel = weight.qscheme() == torch.per_channel_affine
+        products = scales[name] * (weight.q_per_channel_scales() if per_channel else torch.tensor(weight.q_scale(), dtype=torch.float64))
+        with quiet():
+            layer.set_weight_bias(weight, (quantize_bias(bias.detach(), products) * products).to(bias.dtype))
 
 
 def portable_state(model: nn.Module) -> dict[str, Any]:

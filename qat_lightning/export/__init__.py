@@ -1,0 +1,5 @@
+"""int8 models in formats of other runtimes."""
+
+from qat_lightning.export.onnx import export_onnx, program_to_onnx
+
+__all__ = ["export_onnx", "program_to_onnx"]

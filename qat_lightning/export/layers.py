@@ -1,0 +1,162 @@
+"""int8 layers and operations: a DequantizeLinear for each input, the operation in real numbers, a QuantizeLinear behind it.
+
+Runtimes recognise these groups and run each as one integer kernel. A clip that the saturation of QuantizeLinear makes is left out.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat_lightning.affine import quantize_bias
+from qat_lightning.errors import UnsupportedModelError
+from qat_lightning.export.graph import OnnxGraph, Value
+from qat_lightning.export.registry import translates
+from qat_lightning.program.nodes import Node, Packed
+
+
+@translates("aten::quantize_per_tensor")
+def quantize(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Quantize the input of a layer."""
+    graph.put(node, graph.real(args[0]))
+
+
+@translates("aten::dequantize")
+def dequantize(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Leave int8."""
+    graph.put(node, graph.real(args[0]))
+
+
+@translates(*(f"quantized::conv{dims}d{relu}" for dims in (1, 2, 3) for relu in ("", "_relu")))
+def convolution(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Convolve; the weights stay int8 in the file."""
+    x, packed = args[0], args[1]
+    layer = graph.program.layers[packed.layer]
+    weight, scale, bias = graph.layer_weight(packed.layer)
+    inputs = [graph.real(x), _weight(graph, packed, weight, scale, axis=0), *_bias(graph, packed, bias, x, scale)]
+    geometry: dict[str, Any] = {
+        "strides": layer.stride,
+        "pads": (*layer.padding, *layer.padding),
+        "dilations": layer.dilation,
+        "group": layer.groups,
+    }
+    graph.put(node, _rectified(graph, node, graph.add("Conv", inputs, kernel_shape=tuple(weight.shape[2:]), **geometry)))
+
+
+@translates("quantized::linear", "quantized::linear_relu")
+def linear(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Multiply by a matrix; inputs of more than two dimensions become two, which runtimes have an integer kernel for."""
+    x, packed = args[0], args[1]
+    weight, scale, bias = graph.layer_weight(packed.layer)
+    rows = x
+    if x.rank != 2:
+        rows = Value(graph.add("Reshape", [x.name, graph.ints([-1, weight.shape[1]])]), (None, weight.shape[1]), x.dtype, x.grid)
+    inputs = [graph.real(rows), _weight(graph, packed, weight.t(), scale, axis=1), *_bias(graph, packed, bias, x, scale)]
+    product = _rectified(graph, node, graph.add("Gemm", inputs))
+    if x.rank == 2:
+        graph.put(node, product)
+        return
+    grid = graph.described[node.outputs[0]].grid
+    assert grid is not None
+    shape = _leading_shape(graph, x, weight.shape[0])
+    graph.put(node, graph.add("Reshape", [graph.quantize(product, grid), shape]), integers=True)
+
+
+def _leading_shape(graph: OnnxGraph, x: Value, last: int) -> str:
+    """Return the shape of ``x`` with another last size."""
+    if x.shape[:-1].count(None) <= 1:
+        return graph.ints([*(-1 if size is None else size for size in x.shape[:-1]), last])
+    lead = graph.add("Slice", [graph.add("Shape", [x.name]), graph.ints([0]), graph.ints([x.rank - 1])])
+    return str(graph.add("Concat", [lead, graph.ints([last])], axis=0))
+
+
+@translates("quantized::add", "quantized::add_relu", "quantized::mul", "quantized::mul_relu", "quantized::matmul")
+def binary(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Add or multiply two tensors, or one and a number."""
+    name = node.op.partition("::")[2].partition(".")[0].removesuffix("_relu")
+    result = graph.add({"add": "Add", "mul": "Mul", "matmul": "MatMul"}[name], [graph.real(args[0]), graph.real(args[1])])
+    graph.put(node, _rectified(graph, node, result))
+
+
+@translates("quantized::add_scalar", "quantized::mul_scalar", "quantized::add_scalar_relu", "quantized::mul_scalar_relu")
+def binary_scalar(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Add or multiply a tensor and a number."""
+    binary(graph, Node(node.op.replace("_scalar", ""), node.args, node.outputs), args)
+
+
+@translates("quantized::cat", "quantized::cat_relu")
+def concatenate(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Concatenate tensors, each from its own grid."""
+    tensors, axis = args[0], args[1]
+    graph.put(node, _rectified(graph, node, graph.add("Concat", [graph.real(tensor) for tensor in tensors], axis=axis)))
+
+
+@translates("quantized::hardswish")
+def hardswish(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Apply hardswish."""
+    graph.put(node, graph.add("HardSwish", [graph.real(args[0])]))
+
+
+@translates("quantized::sigmoid")
+def sigmoid(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Apply sigmoid."""
+    graph.put(node, graph.add("Sigmoid", [graph.real(args[0])]))
+
+
+@translates("quantized::leaky_relu")
+def leaky_relu(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Apply a ReLU that leaks."""
+    graph.put(node, graph.add("LeakyRelu", [graph.real(args[0])], alpha=float(args[1])))
+
+
+@translates("quantized::softmax")
+def softmax(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Apply softmax."""
+    graph.put(node, graph.add("Softmax", [graph.real(args[0])], axis=args[1]))
+
+
+@translates("quantized::layer_norm")
+def layer_norm(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Normalise over the last dimensions."""
+    x, shape, weight, bias, eps = args[:5]
+    scale = torch.ones(shape) if weight is None else weight
+    inputs = [graph.real(x), graph.constant(scale), *([] if bias is None else [graph.constant(bias)])]
+    graph.put(node, graph.add("LayerNormalization", inputs, axis=-len(shape), epsilon=float(eps)))
+
+
+@translates("quantized::batch_norm2d", "quantized::batch_norm2d_relu", "quantized::batch_norm1d", "quantized::batch_norm")
+def batch_norm(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Normalise by running statistics."""
+    x, weight, bias, mean, variance, eps = args[:6]
+    weight = torch.ones_like(mean) if weight is None else weight
+    bias = torch.zeros_like(mean) if bias is None else bias
+    inputs = [graph.real(x), *(graph.constant(tensor) for tensor in (weight, bias, mean, variance))]
+    graph.put(node, _rectified(graph, node, graph.add("BatchNormalization", inputs, epsilon=float(eps))))
+
+
+def _rectified(graph: OnnxGraph, node: Node, name: str) -> str:
+    """Return the output of an operation behind the ReLU that is fused with it; on a grid that starts at 0, saturation is the ReLU."""
+    if not node.op.partition(".")[0].endswith("_relu"):
+        return name
+    grid = graph.described[node.outputs[0]].grid
+    return name if grid is not None and grid.zero_point == 0 else str(graph.add("Relu", [name]))
+
+
+def _weight(graph: OnnxGraph, packed: Packed, integers: Tensor, scale: Tensor, axis: int) -> str:
+    name = packed.layer or "layer"
+    zero_points = graph.constant(torch.zeros(len(scale), dtype=torch.int8), "zero_points")
+    stored = graph.constant(integers, f"{name}.weight")
+    return str(graph.add("DequantizeLinear", [stored, graph.constant(scale, f"{name}.weight_scale"), zero_points], axis=axis))
+
+
+def _bias(graph: OnnxGraph, packed: Packed, bias: Tensor | None, x: Value, scale: Tensor) -> list[str]:
+    """Return the bias in int32 on the grid of the products, as integer kernels add it."""
+    if bias is None:
+        return []
+    if x.grid is None:
+        raise UnsupportedModelError(f"Layer {packed.layer!r} takes real numbers: ONNX export has static quantization alone.")
+    grid = scale.double() * x.grid.scale
+    name = packed.layer or "layer"
+    stored = graph.constant(quantize_bias(bias.detach(), grid), f"{name}.bias")
+    zeros = graph.constant(torch.zeros(len(scale), dtype=torch.int32), "zero_points")
+    return [str(graph.add("DequantizeLinear", [stored, graph.constant(grid.float(), f"{name}.bias_scale"), zeros], axis=0))]

@@ -1,0 +1,127 @@
+"""What runs a program: torch's own kernels, ONNX Runtime and OpenVINO, each on a file of its own."""
+
+import importlib.util
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from qat_lightning.backend import this_cpu
+from qat_lightning.decoding import shown
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.evaluation.latency import interleaved_medians
+from qat_lightning.program.execution import Run
+from qat_lightning.recipe import check_choice
+
+RuntimeName = Literal["torch", "onnxruntime", "openvino"]
+RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+EXTRAS = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+# Features of processors whose integer products of uint8 and int8 do not saturate in ONNX Runtime.
+EXACT_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "asimd")
+
+
+def installed_runtimes() -> tuple[RuntimeName, ...]:
+    """Return the runtimes that can be imported here."""
+    return tuple(name for name in RUNTIMES if name == "torch" or importlib.util.find_spec(name) is not None)
+
+
+def require_runtime(name: str) -> RuntimeName:
+    """Return a runtime by its name.
+
+    Raises:
+        ValueError: no runtime has that name.
+        ConfigurationError: it is not installed; names the extra.
+    """
+    check_choice("runtime", name, RUNTIMES)
+    if name not in installed_runtimes():
+        raise ConfigurationError(f'runtime={name!r} is not installed: pip install "qat-lightning[{EXTRAS[name]}]", or use runtime="auto".')
+    return name
+
+
+def open_onnx(runtime: RuntimeName, content: bytes, threads: int | None = None) -> Run:
+    """Return a function that runs an ONNX model.
+
+    Args:
+        runtime: ``"onnxruntime"`` or ``"openvino"``.
+        content: of the file.
+        threads: at most; None: as many as torch uses.
+    """
+    threads = torch.get_num_threads() if threads is None else threads
+    return _open_onnxruntime(content, threads) if runtime == "onnxruntime" else _open_openvino(content, threads)
+
+
+def _open_onnxruntime(content: bytes, threads: int) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if not {*this_cpu().features} & {*EXACT_FEATURES}:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        given = {name: tensor.contiguous().numpy() for name, tensor in zip(names, tensors, strict=True)}
+        return tuple(_tensor(array) for array in session.run(None, given))
+
+    return run
+
+
+def _open_openvino(content: bytes, threads: int) -> Run:
+    import openvino
+
+    core = openvino.Core()
+    # Without the first, processors with AMX compute in bfloat16 what is not int8.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    request = core.compile_model(core.read_model(content), "CPU", settings).create_infer_request()
+    count = len(request.model_outputs)
+
+    def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        request.infer([tensor.contiguous().numpy() for tensor in tensors], share_inputs=True)
+        # Copied: the next call writes into the same memory.
+        return tuple(torch.from_numpy(request.get_output_tensor(index).data.copy()) for index in range(count))
+
+    return run
+
+
+def _tensor(array: Any) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long each runtime took for one call on one machine.
+
+    Args:
+        machine: the processor, and the runtimes that were there.
+        threads: how many were used.
+        shapes: of the inputs.
+        milliseconds: by runtime, the medians of interleaved calls.
+    """
+
+    machine: str
+    threads: int
+    shapes: tuple[tuple[int, ...], ...]
+    milliseconds: Mapping[RuntimeName, float]
+
+    def __post_init__(self) -> None:
+        """Check what the types leave open."""
+        if not self.milliseconds or not {*self.milliseconds} <= {*RUNTIMES}:
+            raise ValueError(f"milliseconds are of {shown(sorted(self.milliseconds))}, and must be of some of {RUNTIMES}")
+
+    @property
+    def fastest(self) -> RuntimeName:
+        """Name of the runtime that took least."""
+        return min(self.milliseconds, key=lambda name: self.milliseconds[name])
+
+
+def measure(runs: dict[RuntimeName, Run], tensors: Sequence[Tensor]) -> dict[RuntimeName, float]:
+    """Return the milliseconds that each runtime takes, with the threads that it was opened with."""
+    medians = interleaved_medians([lambda run=run: run(tensors) for run in runs.values()], budget_s=2.0, threads=torch.get_num_threads())  # type: ignore[misc]
+    return dict(zip(runs, medians, strict=True))
