@@ -490,25 +490,25 @@ class _Recorder(fx.Interpreter):
 class _Follower(fx.Interpreter):
     """Runs the int8 graph, each node on the fake-quantized values, and compares what it returns with theirs.
 
-    Conversion renames nodes, but scale and zero point pass through it unchanged: the reference of a quantized value is the first
-    unused one with its qparams and shape.
+    Conversion renames nodes, but scale and zero point pass through it unchanged: the reference of a quantized value is one with its
+    qparams and shape. Where several have them, as behind concatenations and splits, it is the nearest: of a wrong value, none is near.
     """
 
     def __init__(self, module: fx.GraphModule, references: list[Reference]) -> None:
         super().__init__(module)
-        self.unused = references
+        self.references = references
         self.layers: list[LayerParity] = []
 
     def run_node(self, node: fx.Node) -> Any:
         output = super().run_node(node)
         if not isinstance(output, Tensor) or not output.is_quantized or _only_reshapes(node):
             return output
-        index = next((i for i, reference in enumerate(self.unused) if reference.fits(output)), None)
-        if index is None:
-            return output
-        reference = self.unused.pop(index)
         name = str(node.target) if node.op == "call_module" else node.name
-        self.layers.append(compare(name, output, reference))
+        compared = [(compare(name, output, reference), reference) for reference in self.references if reference.fits(output)]
+        if not compared:
+            return output
+        parity, reference = min(compared, key=lambda pair: (pair[0].max_steps, pair[0].differing))
+        self.layers.append(parity)
         return reference.quantized()
 
 

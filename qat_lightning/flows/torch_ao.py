@@ -271,7 +271,7 @@ def reference_of(fake_quant: Any, output: Tensor) -> Reference:
     """Return what an activation fake-quant gave, with the grid it lies on."""
     scale, zero_point = fake_quant.calculate_qparams()
     qparams = QParams(float(scale.flatten()[0]), int(zero_point.flatten()[0]), q_min=0, q_max=255)
-    return Reference(output.detach().float(), qparams)
+    return Reference(output.detach().float().clone(), qparams)  # an activation behind it may work in place
 
 
 def planned_layer(plan: Plan, name: str) -> LayerPlan | None:
