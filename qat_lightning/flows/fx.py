@@ -490,24 +490,29 @@ class _Recorder(fx.Interpreter):
 class _Follower(fx.Interpreter):
     """Runs the int8 graph, each node on the fake-quantized values, and compares what it returns with theirs.
 
-    Conversion renames nodes, but scale and zero point pass through it unchanged: the reference of a quantized value is one with its
-    qparams and shape. Where several have them, as behind concatenations and splits, it is the nearest: of a wrong value, none is near.
+    Conversion renames nodes, but scale and zero point pass through it unchanged: the reference of a quantized value is an unused one with
+    its qparams and shape. Where several have them, as behind concatenations and splits, it is the nearest: of a wrong value, none is near.
     """
 
     def __init__(self, module: fx.GraphModule, references: list[Reference]) -> None:
         super().__init__(module)
-        self.references = references
+        self.unused = references
         self.layers: list[LayerParity] = []
 
     def run_node(self, node: fx.Node) -> Any:
         output = super().run_node(node)
-        if not isinstance(output, Tensor) or not output.is_quantized or _only_reshapes(node):
+        if not isinstance(output, Tensor) or not output.is_quantized:
             return output
         name = str(node.target) if node.op == "call_module" else node.name
-        compared = [(compare(name, output, reference), reference) for reference in self.references if reference.fits(output)]
+        compared = [(compare(name, output, reference), reference) for reference in self.unused if reference.fits(output)]
         if not compared:
             return output
         parity, reference = min(compared, key=lambda pair: (pair[0].max_steps, pair[0].differing))
+        if _only_reshapes(node) and parity.max_steps:
+            return output  # it computes nothing: the value of something else
+        self.unused = [other for other in self.unused if other is not reference]
+        if _only_reshapes(node):
+            return output
         self.layers.append(parity)
         return reference.quantized()
 
@@ -519,4 +524,5 @@ def _only_reshapes(node: fx.Node) -> bool:
         "flatten",
         "permute",
         "contiguous",
+        "transpose",
     )
