@@ -46,6 +46,8 @@ def test_command(command, tmp_path):
     assert words[:2] == ["python", "train.py"]
     # Small, and last, so that it wins over nothing that the README sets.
     arguments = [*words[2:], *(["debug=fast"] if "trainer.max_epochs=0" not in words else ["logger=csv"])]
+    if not any(word.startswith("model=") for word in words):
+        arguments.append("model.net.depth=8")
     done = subprocess.run([sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path, env=_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -72,7 +74,7 @@ def _environment():
 
 
 def _make_what_the_commands_name(folder):
-    torch.save(CifarResNet(depth=20, in_channels=1).state_dict(), folder / "float.ckpt")
+    torch.save(CifarResNet(depth=8, in_channels=1).state_dict(), folder / "float.ckpt")
     (folder / "my_package.py").write_text(NETWORK)
     for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
         (folder / "images" / name).mkdir(parents=True)
