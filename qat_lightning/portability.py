@@ -93,8 +93,8 @@ def _by_preference() -> list[BackendName]:
 
 
 def _shape(plan: Plan, module: nn.Module, name: str) -> LayerShape | None:
-    # Dynamic kernels choose the range of their inputs themselves.
-    return None if plan.recipe == DynamicPTQ.name else LayerShape.of(module.get_submodule(name))
+    # Dynamic kernels choose the range of their inputs themselves; the pt2e flow computes in float, where nothing overflows.
+    return None if plan.recipe == DynamicPTQ.name or plan.flow == "pt2e" else LayerShape.of(module.get_submodule(name))
 
 
 def _saturates(layer: LayerPlan, shape: LayerShape | None) -> bool:
