@@ -216,14 +216,20 @@ def _named_groups(module: nn.Module, name: str, recipe: Recipe) -> dict[tuple[st
     return groups
 
 
+def needs_example(recipe: Recipe) -> bool:
+    """Whether the module is exported, for which it is called once."""
+    return recipe.flow == "pt2e" and not isinstance(recipe, DynamicPTQ)
+
+
 def _example_of(module: nn.Module, recipe: Recipe, name: str, example: Call | None) -> tuple[InputSpec, ...] | None:
     """Return what the pt2e flow exports the module with; dynamic quantization swaps layers and exports nothing."""
-    if recipe.flow != "pt2e" or isinstance(recipe, DynamicPTQ):
+    if not needs_example(recipe):
         return None
     if example is None:
         raise ConfigurationError(
-            f"flow='pt2e' exports {name or type(module).__name__!r}, for which it needs an example of how it is called. Set "
-            f"`example_input_array` on the LightningModule; without a Trainer, pass one: prepare(module, recipe, example=Call((x,), {{}}))."
+            f"flow='pt2e' exports {name or type(module).__name__!r}, for which it needs an example of how it is called, and there is no "
+            f"batch to take one from. Set `example_input_array` on the LightningModule; without a Trainer, pass one: "
+            f"prepare(module, recipe, example=Call((x,), {{}}))."
         )
     bound = inspect.signature(module.forward).bind(*example.args, **example.kwargs)
     bound.apply_defaults()

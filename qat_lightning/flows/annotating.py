@@ -114,7 +114,7 @@ class _Annotation:
             called = self._called(node)
             return isinstance(called, _DropoutNd) or (not isinstance(called, (*STATIC_LAYERS, _BatchNorm)) and not any(called.children()))
         if operation(node) == "pad":
-            return (node.args[2] if len(node.args) > 2 else "constant") == "constant" and not (node.args[3] if len(node.args) > 3 else 0)
+            return bool(_arguments(node, pad=None, mode="constant", value=None)[1:] in (["constant", None], ["constant", 0]))
         return operation(node) in MOVING or getattr(node.target, "__name__", "") == "getitem"
 
     # --- rounding ------------------------------------------------------------------------------------------------------------
@@ -194,9 +194,9 @@ class _Annotation:
         self.module.set_submodule(str(node.target), with_fake_quant(layer, planned.per_channel, norm))
         return node
 
-    def _fits(self, layer: nn.Module, norm: Any) -> bool:
+    def _fits(self, layer: Any, norm: Any) -> bool:
         """Whether BatchNorm has the channels of the layer: behind a linear layer in three dimensions it has those of the second."""
-        return bool(norm.num_features == layer.weight.shape[0])  # type: ignore[union-attr,index]
+        return bool(norm.num_features == layer.weight.shape[0])
 
     def _tail(self, node: fx.Node) -> tuple[fx.Node, Limits | None]:
         """Return the last node of a layer and the limits of its output; clips vanish from the graph."""

@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -158,7 +158,7 @@ def _example(module: nn.Module, plan: Plan) -> tuple[tuple[Any, ...], dict[str, 
 
 
 def _export(module: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False) -> ExportedProgram:
-    shapes = ShapesCollection()
+    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
     assert plan.example is not None
     tensors = [leaf for _, leaf in leaves(args, kwargs) if isinstance(leaf, Tensor)]
     for tensor, spec in zip(tensors, plan.example, strict=True):
@@ -379,17 +379,14 @@ def _give_modules_back(graph_module: fx.GraphModule, module: nn.Module, plan: Pl
     for node in list(graph_module.graph.nodes):
         path = owner_of(node)
         owner = modules.get(path)
-        if (node.target in LAYERS and path in plan.layers and type(owner) in STATIC_LAYERS) or (operation(node) == "batch_norm" and isinstance(owner, _BatchNorm)):
+        if _is_call_of(node, owner, planned=path in plan.layers):
             calls.replace(node, path, owner)
         elif node.target in DROPOUTS:
-            dropout = owner if isinstance(owner, _DropoutNd) else DROPOUTS[node.target](p=node.args[1])
-            calls.replace(node, path if dropout is owner else f"{node.name}_module", dropout)
-        elif operation(node) == "alias" and owner is not None and _is_user_leaf(owner):
-            calls.replace(node, path, owner)
-        elif operation(node) in ("batch_norm", "instance_norm", "rrelu") and plan.observer is None and _learns(node):
+            calls.replace(node, f"{node.name}_module", DROPOUTS[node.target](p=node.args[1]))
+        elif operation(node) in ("batch_norm", "rrelu") and plan.observer is None:
             raise UnsupportedModelError(
-                f"flow='pt2e' exports the evaluation of the functional {operation(node)} at {line_of_node(node)}, which would stay that of "
-                f"evaluation in training. Use a module such as nn.BatchNorm2d, or recipe 'ptq'."
+                f"flow='pt2e' exports what {operation(node)} does in evaluation, at {line_of_node(node)}, and training would do the same. "
+                f"Use torch's own module, such as nn.BatchNorm2d, or recipe 'ptq', which does not train."
             )
     graph_module.graph.eliminate_dead_code(_has_effects)
     graph_module.graph.lint()
@@ -397,8 +394,17 @@ def _give_modules_back(graph_module: fx.GraphModule, module: nn.Module, plan: Pl
     graph_module.recompile()
 
 
-def _learns(node: fx.Node) -> bool:
-    return operation(node) != "instance_norm"
+def _is_call_of(node: fx.Node, owner: nn.Module | None, planned: bool) -> bool:
+    """Whether the node is all that the forward of a module does, so that a call of the module can take its place."""
+    if operation(node) == "alias":
+        return owner is not None and _is_user_leaf(owner)
+    if type(owner) in STATIC_LAYERS:
+        return planned and node.target in LAYERS
+    if type(owner).__module__.partition(".")[0] != "torch":
+        return False
+    return (operation(node) == "batch_norm" and isinstance(owner, _BatchNorm)) or (
+        node.target in DROPOUTS and isinstance(owner, _DropoutNd)
+    )
 
 
 class _Calls:
@@ -410,13 +416,15 @@ class _Calls:
 
     def replace(self, node: fx.Node, path: str, module: Any) -> None:
         self.count[path] = self.count.get(path, 0) + 1
-        name = path
+        name, source = path, node.args[0]
+        if getattr(module, "padding_mode", "zeros") != "zeros" and isinstance(source, fx.Node) and owner_of(source) == path:
+            source = source.args[0]  # the module pads its input itself
         if self.count[path] > 1 and (module._parameters or module._buffers):
             name = f"{path}_call{self.count[path]}"
             module = _twin(module)
         _add(self.graph_module, name, module)
         with self.graph_module.graph.inserting_before(node):
-            call = self.graph_module.graph.call_module(name, (node.args[0],))
+            call = self.graph_module.graph.call_module(name, (source,))
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         self.graph_module.graph.erase_node(node)
@@ -451,7 +459,7 @@ def _restructure(graph: fx.Graph, program: ExportedProgram) -> pytree.TreeSpec |
     assert structure is not None
     value = pytree.tree_unflatten(list(output.args[0]), structure)
     if not _is_plain(value):
-        return structure
+        return cast(pytree.TreeSpec, structure)
     output.args = (value,)
     return None
 

@@ -29,16 +29,13 @@ class _WithFakeQuant:
         if norm is None:
             return self.compute(x, self.weight_fake_quant(layer.weight), layer.bias)
         scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-        by_channel = [-1] + [1] * (layer.weight.dim() - 1)
-        weight = self.weight_fake_quant(layer.weight * scale.reshape(by_channel))
+        weight = self.weight_fake_quant(layer.weight * scale.reshape([-1] + [1] * (layer.weight.dim() - 1)))
         if not norm.training:
             offset = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
             return self.compute(x, weight, norm.bias + offset * scale)
-        output = self.compute(x, weight, None)
-        output = output / scale.reshape([1] + by_channel[:-1] if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else [-1])
-        if layer.bias is not None:
-            output = output + layer.bias.reshape([1] + by_channel[:-1] if not isinstance(layer, nn.Linear) else [-1])
-        return cast(Tensor, norm(output))
+        by_channel = [-1] + [1] * (layer.weight.dim() - 2)  # of the output
+        output = self.compute(x, weight, None) / scale.reshape(by_channel)
+        return cast(Tensor, norm(output if layer.bias is None else output + layer.bias.reshape(by_channel)))
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the convolution or product of ``x``."""

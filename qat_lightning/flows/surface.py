@@ -52,6 +52,7 @@ class Surface:
         self.attach(module)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of the graph, as a forward pre-hook."""
         return self.positional(args, kwargs), {}
 
     def positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -87,6 +88,6 @@ def _methods(kind: type) -> Iterator[str]:
 def _refuse_method(flow: str, owner: str, name: str, *args: Any, **kwargs: Any) -> None:
     """Take the place of a method besides forward, which no trace has seen."""
     raise UnsupportedModelError(
-        f"flow={flow!r} makes one graph of {owner}.forward, so its method {name!r} is gone. Call the module itself, or name with `modules` the "
-        f"parts that {name!r} calls."
+        f"flow={flow!r} makes one graph of {owner}.forward, so its method {name!r} is gone. Call the module itself, or name with `modules` "
+        f"the parts that {name!r} calls."
     )
