@@ -70,7 +70,7 @@ class _Annotation:
 
     def run(self) -> None:
         for node in list(self.module.graph.nodes):
-            if node in self.rounded or node.op in ("placeholder", "output", "get_attr"):
+            if node._erased or node in self.rounded or node.op in ("placeholder", "output", "get_attr"):
                 continue
             planned = self._planned(node)
             if planned is not None:
@@ -191,6 +191,7 @@ class _Annotation:
                 layer, norm = _named_alike(fuse(layer.eval(), norm.eval()), layer), None
             user.replace_all_uses_with(node)
             self.module.graph.erase_node(user)
+            self.module.delete_submodule(str(user.target))
         self.module.set_submodule(str(node.target), with_fake_quant(layer, planned.per_channel, norm))
         return node
 

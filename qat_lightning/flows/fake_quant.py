@@ -150,6 +150,14 @@ class FakeQuantize(nn.Module):
         """Switch the observer on or off."""
         self.observer_enabled.fill_(int(enabled))
 
+    def disable_fake_quant(self) -> None:
+        """Switch rounding off."""
+        self.enable_fake_quant(False)
+
+    def disable_observer(self) -> None:
+        """Switch the observer off."""
+        self.enable_observer(False)
+
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Return scale and zero point."""
         return self.scale, self.zero_point

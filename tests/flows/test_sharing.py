@@ -4,6 +4,7 @@ from torch import nn
 
 from qat_lightning import (
     QAT,
+    Call,
     DynamicPTQ,
     QuantizationCallback,
     StaticPTQ,
@@ -19,7 +20,7 @@ from qat_lightning import (
 from tests.nets import Plain, fit
 
 IMAGES = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-FLOWS = pytest.mark.parametrize("flow", ["fx", "eager"])
+FLOWS = pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 
 
 class Twice(nn.Module):
@@ -83,7 +84,7 @@ def test_before_fake_quant_nothing_changes(build, flow, training):
     if (build, flow) == (Block, "eager"):
         pytest.skip("a functional product")
     net = build().train(training)
-    prepared = prepare(net, QAT(flow=flow)).train(training)
+    prepared = prepare(net, QAT(flow=flow), Call((IMAGES,), {})).train(training)
     ours, own = prepared(IMAGES), net(IMAGES)
     torch.testing.assert_close(ours, own)
     ours.square().sum().backward()
