@@ -1,9 +1,9 @@
 """Which networks of torchvision each flow and recipe takes: ``python -m benchmarks.coverage``.
 
 Each network has random weights, BatchNorm statistics of random images, and a size of image that suits it. A cell works where int8 differs
-from fake-quant by no more than one step at any layer, and its outputs from those of fake-quant (QAT) or float by less than
-these vary (random weights in depth amplify rounding); it is refused where the package raises an error of its own, whose first sentence the table shows; anything else is wrong. Each
-cell runs in a process of its own, and those that are in the JSON file already are not repeated.
+from fake-quant by no more than one step at any layer, and its outputs from those of fake-quant (QAT) or float by less than these vary:
+random weights in depth amplify rounding. It is refused where the package raises an error of its own, whose first sentence the table shows;
+anything else is wrong. Each cell runs in a process of its own, and those that are in the JSON file already are not repeated.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
-from qat_lightning.distributed import Processes, own_share
+from qat_lightning.distributed import Processes, alone, own_share
 from qat_lightning.modes import evaluating
 from qat_lightning.plan import Call
 from qat_lightning.targets import capture_calls
@@ -170,7 +170,7 @@ def first_batch(trainer: Trainer, given: Iterable[Any] | None) -> Any:
     with torch.random.fork_rng(devices=[]):  # a shuffled loader draws its order
         for source in sources or (_loader_of(loop) for loop in loops):
             if isinstance(source, Iterable) and not isinstance(source, Iterator):
-                return next(iter(_beside(source)), None)
+                return next(iter(source if given is not None else _beside(source)), None)
     return None
 
 
@@ -201,7 +201,7 @@ def calls_in_step(
     copies = {name: copied.get_submodule(name) for name in targets}
 
     def run() -> None:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), attached(copied, trainer):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), alone(), attached(copied, trainer):
             step(copied, to_device(copied, batch))
 
     return {name: calls[0] for name, calls in capture_calls(copies, run).items() if calls}

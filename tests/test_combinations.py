@@ -28,7 +28,7 @@ from qat_lightning.observers import fake_quants
 from tests.nets import QUIET, Images, Plain, fit
 from tests.test_callback import IMAGES, TwoOptimizers, Watch, same
 
-FLOWS = pytest.mark.parametrize("flow", ["fx", "eager"])
+FLOWS = pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 # What Lightning says of settings that are the point here.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -278,7 +278,9 @@ def test_a_fit_may_follow(again, flow):
     trains(module)
 
 
-@pytest.mark.parametrize("recipe", [QAT(), QAT(flow="eager"), StaticPTQ(calibration_batches=2)], ids=["fx", "eager", "ptq"])
+@pytest.mark.parametrize(
+    "recipe", [QAT(), QAT(flow="eager"), QAT(flow="pt2e"), StaticPTQ(calibration_batches=2)], ids=["fx", "eager", "pt2e", "ptq"]
+)
 def test_a_callback_may_fit_one_module_after_the_other(recipe):
     callback, two, one = QuantizationCallback(recipe, parity="error"), Judged(), Plain()
     for module, layers in ((two, 6), (one, 4), (two, 6), (one, 4)):

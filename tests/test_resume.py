@@ -17,7 +17,7 @@ from tests.killed_run import CONTROLS, KILLS, STEPS
 from tests.nets import Plain, fit
 from tests.test_averaging import Deterministic, Ordered
 
-FLOWS = ("fx", "eager")
+FLOWS = ("fx", "eager", "pt2e")
 
 
 @pytest.fixture(scope="module")

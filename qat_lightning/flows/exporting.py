@@ -44,21 +44,8 @@ SIZE_FREE = (
     *("dropout", "feature_dropout", "alpha_dropout", "alias", "embedding", "layer_norm", "group_norm", "softmax", "permute", "transpose"),
     *("unsqueeze", "squeeze", "contiguous", "clone", "select", "chunk", "split"),
 )
-VIEWS = (
-    "view",
-    "slice",
-    "select",
-    "unsqueeze",
-    "squeeze",
-    "permute",
-    "transpose",
-    "expand",
-    "narrow",
-    "detach",
-    "alias",
-    "as_strided",
-    "t",
-)
+FRESH = ("zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "empty_like", "arange")
+VIEWS = ("view", "slice", "select", "unsqueeze", "squeeze", "permute", "transpose", "expand", "narrow", "detach", "as_strided", "t")
 
 
 def export(module: nn.Module, plan: Plan) -> tuple[fx.GraphModule, "FlatSurface"]:
@@ -334,7 +321,10 @@ def _functionalize(graph: fx.Graph) -> None:
     """Turn operations in place into those that return a new tensor: fake-quant behind one would otherwise be bypassed."""
     for node in list(graph.nodes):
         source = node.args[0] if node.args else None
-        if not _is_in_place(node) or not isinstance(source, fx.Node) or operation(source) in VIEWS:
+        if not _is_in_place(node) or not isinstance(source, fx.Node):
+            continue
+        if operation(source) in VIEWS:
+            _refuse_writing_into(node, source)
             continue
         pure = getattr(getattr(aten, node.target._opname[:-1], None), node.target._overloadname, None)
         if pure is None:
@@ -342,6 +332,17 @@ def _functionalize(graph: fx.Graph) -> None:
         node.target = pure
         later = _behind(node)
         source.replace_all_uses_with(node, delete_user_cb=later.__contains__)
+
+
+def _refuse_writing_into(node: fx.Node, source: fx.Node) -> None:
+    """Refuse to write into a part of an activation; a tensor that the network has just made, such as a mask, may be filled in parts."""
+    while operation(source) in VIEWS and isinstance(source.args[0], fx.Node):
+        source = source.args[0]
+    if operation(source) not in FRESH:
+        raise UnsupportedModelError(
+            f"flow='pt2e' cannot round an activation that is written into in parts, at {line_of_node(node)}. Join the parts with torch.cat "
+            f"or torch.where, or use flow='eager'."
+        )
 
 
 def _is_in_place(node: fx.Node) -> bool:

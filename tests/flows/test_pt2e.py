@@ -51,8 +51,9 @@ class MobileBlock(nn.Module):
         x = self.act(self.bn(self.conv(x)))
         y = F.relu6(self.bn2(self.depthwise(x)), inplace=True)
         scale = self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True)), inplace=True))
-        x = x + self.depth(y * torch.sigmoid(scale))
-        return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        y = self.depth(y * torch.sigmoid(scale))
+        y += x
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(y, 1), 1))
 
 
 def modules_of(module, kind):
