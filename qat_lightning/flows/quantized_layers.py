@@ -227,20 +227,21 @@ class DynamicLinear(nn.Module):
         self.quant_max = 2**bits - 1
         self.training = layer.training
 
+    @property
     def weight(self) -> Tensor:
-        """Return the weight as real numbers; a method, as in PyTorch's dynamic layers, whose callers know not to look into it."""
+        """The weight as real numbers, for code that computes with it past the layer, such as that of attention."""
         return cast(Tensor, self.quantized_weight())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output in the dtype of ``x``."""
         if x.numel() == 0:
-            return F.linear(x, self.weight().to(x.dtype), self.bias)
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
         low, high = torch.aminmax(x.detach().float())
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         scale = ((high - low) / self.quant_max).clamp(min=torch.finfo(torch.float32).eps)
         zero_point = torch.round(-low / scale).clamp(0, self.quant_max)
         integers = (torch.round(x.float() / scale) + zero_point).clamp(0, self.quant_max)
-        output = F.linear((integers - zero_point) * scale, self.weight(), self.bias)
+        output = F.linear((integers - zero_point) * scale, self.weight, self.bias)
         return output.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -264,6 +264,35 @@ def test_dynamic_linear_layers_need_no_example():
         assert torch.equal(int8(x[:0]), net(x[:0]))
 
 
+def test_code_that_looks_into_a_dynamic_layer():
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return F.linear(x, self.fc.weight, self.fc.bias)
+
+    net, x = Looking(), torch.randn(5, 8)
+    with torch.no_grad():
+        assert (quantize_dynamic(net, DynamicPTQ(flow="pt2e"))(x) - net(x)).abs().max() < 0.02
+
+
+def test_an_activation_that_is_written_into_is_refused():
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            x[:, 0] += 1
+            return x
+
+    with pytest.raises(UnsupportedModelError, match=r"written into in parts, at .*test_pt2e.py:\d+: \"x\[:, 0\] \+= 1\".*torch.cat"):
+        prepare(Writing(), QAT(flow="pt2e"), CALL)
+
+
 def test_int8_is_one_graph_for_torch_compile():
     int8 = quantize(ModuleNet().eval(), StaticPTQ(flow="pt2e"), CALL)[1]
     with torch.no_grad():
