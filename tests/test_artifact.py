@@ -317,7 +317,7 @@ DAMAGES = {
     ),
     "class as flow": (
         sign(lambda manifest: manifest["targets"][""]["plan"].update(flow="os")),
-        r"plan.flow` must be one of \('fx', 'eager'\)",
+        r"plan.flow` must be one of \('fx', 'eager', 'pt2e'\)",
     ),
     "missing key": (sign(lambda manifest: manifest.pop("cpu")), "`cpu` is missing"),
     "negative size": (sign(lambda manifest: next(iter(manifest["files"].values())).update(bytes=-1)), "bytes is -1, less than none"),

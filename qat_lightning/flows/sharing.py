@@ -49,11 +49,11 @@ def with_copies(plan: Plan, module: nn.Module) -> Plan:
 
 
 def _has_own_range(module: nn.Module) -> bool:
-    """Whether the module has tensors, or is one whose int8 form keeps the range of its output."""
+    """Whether the module has tensors, is one whose int8 form keeps the range of its output, or a ReLU, which becomes part of a layer."""
     from torch.ao.quantization import get_default_static_quant_module_mappings  # names of copies are needed without torch.ao, too
 
     tensors = next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
-    return tensors or type(module) in get_default_static_quant_module_mappings()
+    return tensors or type(module) is nn.ReLU or type(module) in get_default_static_quant_module_mappings()
 
 
 def _twin(module: nn.Module) -> nn.Module:
