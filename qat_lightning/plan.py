@@ -227,9 +227,9 @@ def _example_of(module: nn.Module, recipe: Recipe, name: str, example: Call | No
         return None
     if example is None:
         raise ConfigurationError(
-            f"flow='pt2e' exports {name or type(module).__name__!r}, for which it needs an example of how it is called, and there is no "
-            f"batch to take one from. Set `example_input_array` on the LightningModule; without a Trainer, pass one: "
-            f"prepare(module, recipe, example=Call((x,), {{}}))."
+            f"flow='pt2e' exports {name or type(module).__name__!r}, for which it needs an example of how it is called: there is no batch "
+            f"to take one from, or `calibration_step` does not call it. Set `example_input_array` on the LightningModule, leave the module "
+            f"out with `modules`, or use flow='fx'; without a Trainer, pass one: prepare(module, recipe, example=Call((x,), {{}}))."
         )
     bound = inspect.signature(module.forward).bind(*example.args, **example.kwargs)
     bound.apply_defaults()

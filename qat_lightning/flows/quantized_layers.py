@@ -202,8 +202,8 @@ class Requantize(nn.Module):
         """Return ``x``, float32, clipped and rounded to the grid."""
         if self.limits is not None:
             x = x.clamp(*self.limits)
-        integers = (torch.round(x * (1.0 / self.scale)) + self.zero_point).clamp(0, ACTIVATION_MAX).to(torch.uint8)
-        return (integers.float() - self.zero_point) * self.scale
+        integers = (x * (1.0 / self.scale)).round_().add_(self.zero_point).clamp_(0, ACTIVATION_MAX).to(torch.uint8)
+        return integers.float().sub_(self.zero_point).mul_(self.scale)
 
 
 class DynamicLinear(nn.Module):
