@@ -177,7 +177,7 @@ def first_batch(trainer: Trainer, given: Iterable[Any] | None) -> Any:
 def _loader_of(loop: Any) -> Any:
     """Return what a loop will read, None where it is not known yet."""
     source = getattr(loop, "_data_source", None)
-    if source is None or not source.is_defined():
+    if source is None or source.instance is None or not source.is_defined():
         return None
     loader = source.dataloader()
     if isinstance(loader, Iterable) and not isinstance(loader, Iterator | dict | list | tuple):

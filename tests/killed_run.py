@@ -202,7 +202,10 @@ def sweep(kind, folder):
     for saves in dict.fromkeys(kill.saves for kill in KILLS):
         whole = folder / saves
         whole.mkdir(parents=True)
-        train(kind, whole, saves)  # not in a fork: what is imported and probed on first use is there for all forks
+        if kind == "pt2e":  # autograd refuses forks of a process that has exported
+            end(launch(train, kind, whole, saves))
+        else:
+            train(kind, whole, saves)  # not in a fork: what is imported and probed on first use is there for all forks
     gc.freeze()
     for kill in CONTROLS if kind in FEWER else KILLS:
         run = folder / str(kill)
