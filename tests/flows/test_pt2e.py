@@ -202,7 +202,7 @@ def test_reflected_padding_is_added_once():
     net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU()).eval()
     _, int8 = quantize(net, StaticPTQ(flow="pt2e"), CALL)
     with torch.no_grad():
-        torch.testing.assert_close(int8(IMAGES), net(IMAGES), rtol=0, atol=0.03)
+        assert (int8(IMAGES) - net(IMAGES)).abs().max() < 0.05 * net(IMAGES).abs().max()
 
 
 @pytest.mark.parametrize("setting", [{"per_channel": False}, {"activation_bits": 7}, {"observer": "minmax"}, None], ids=str)
