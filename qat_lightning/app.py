@@ -30,6 +30,7 @@ from qat_lightning.files import write_atomically
 from qat_lightning.folder import refuse_foreign
 from qat_lightning.gate import ParityAction
 from qat_lightning.instantiation import build, check_targets, make_importable
+from qat_lightning.plan import needs_example
 from qat_lightning.recipe import QAT, DynamicPTQ, Recipe
 from qat_lightning.report import Report
 from qat_lightning.tracking import PhaseLogger, close, log_config, log_report, log_sensitivity
@@ -332,8 +333,15 @@ def _set_learning_rate(model: LightningModule, quantization: Quantization) -> No
 
 def _rehearse(this: Run, callback: QuantizationCallback) -> None:
     """Set QAT up on a copy: what it refuses is better known before the float training than after."""
-    model = copy.deepcopy(this.model)
-    callback.setup(this.trainer("qat", [callback]), model, "fit")
+    model, trainer = copy.deepcopy(this.model), this.trainer("qat", [callback])
+    if needs_example(callback.recipe):  # from the first batch, which this trainer has no fit to get from
+        if this.processes.count > 1:
+            return
+        this.data.prepare_data()
+        this.data.setup("fit")
+        trainer.strategy._lightning_module = model
+        trainer._data_connector.attach_data(model, datamodule=this.data)
+    callback.setup(trainer, model, "fit")
     model.configure_model()
 
 

@@ -30,11 +30,21 @@ from qat_lightning.fallback import max_drop_of
 from qat_lightning.gate import PARITY_ACTIONS, ParityAction, check_parity
 from qat_lightning.measuring import keep_accuracy, sensitivity_of
 from qat_lightning.observers import apply_phase, freeze_bn, switch_observers_off
-from qat_lightning.plan import Plan, check_fuse, check_overrides, make_plan
+from qat_lightning.plan import Plan, check_fuse, check_overrides, make_plan, needs_example
 from qat_lightning.pruning import keep_zeros, nonzero
 from qat_lightning.recipe import QAT, Recipe, check_choice, parse_recipe
 from qat_lightning.report import Report
-from qat_lightning.running import attached, calibration_batches, clone, evaluation_step, example_calls, to_device, trainer_of
+from qat_lightning.running import (
+    attached,
+    calibration_batches,
+    calls_in_step,
+    clone,
+    evaluation_step,
+    example_calls,
+    first_batch,
+    to_device,
+    trainer_of,
+)
 from qat_lightning.schedule import Phase, check_reachable, phase
 from qat_lightning.state import float_weights, plans_in
 from qat_lightning.targets import CallRecorder, already, concerns, find_targets, refuse_shared_parts
@@ -254,7 +264,7 @@ class QuantizationCallback(Callback):
             raise CalibrationError("`calibration_data` has no batch: give it at least one, or None for the training data.")
         check_overrides(self._recipe, fresh)
         check_fuse(self._recipe, fresh)
-        plans = self._make_plans(pl_module, fresh)
+        plans = self._make_plans(trainer, pl_module, fresh)
         size = serialized_bytes(pl_module)
         floats = {name: clone(fresh[name]).cpu().eval() for name in plans}
         self._baseline = Baseline(targets=floats, size_bytes=size)
@@ -277,8 +287,12 @@ class QuantizationCallback(Callback):
         prepared, _ = already(pl_module)
         return {name: target for name, target in prepared.items() if self._modules is None or name in self._modules}
 
-    def _make_plans(self, pl_module: LightningModule, targets: dict[str, nn.Module]) -> dict[str, Plan]:
+    def _make_plans(self, trainer: Trainer, pl_module: LightningModule, targets: dict[str, nn.Module]) -> dict[str, Plan]:
         examples = example_calls(pl_module, targets)
+        if needs_example(self._recipe) and examples.keys() != targets.keys():
+            batch = first_batch(trainer, self._calibration_data)
+            if batch is not None:
+                examples = {**calls_in_step(pl_module, targets, batch, trainer, self.calibration_step), **examples}
         plans = {name: make_plan(target, self._recipe, name, examples.get(name)) for name, target in targets.items()}
         require_layers(plans)
         return {name: plan for name, plan in plans.items() if plan.layers}

@@ -21,6 +21,7 @@ from qat_lightning.backend import (
 )
 from qat_lightning.decoding import decode
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.input_spec import InputSpec, tensors_of
 from qat_lightning.recipe import (
     OBSERVERS,
     QAT,
@@ -72,6 +73,7 @@ class Plan:
         fuse: groups of modules that the eager flow fuses; None discovers them.
         observer: how static quantization chooses activation ranges; None in the other recipes.
         constants: arguments of ``forward`` that keep their default value, so that tracing may branch on them.
+        example: the tensors in a call of the module, for the pt2e flow; None in the others.
     """
 
     recipe: str
@@ -82,6 +84,7 @@ class Plan:
     fuse: tuple[tuple[str, ...], ...] | None = None
     observer: str | None = None
     constants: tuple[str, ...] = ()
+    example: tuple[InputSpec, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check what the types leave open."""
@@ -152,12 +155,13 @@ def make_plan(module: nn.Module, recipe: Recipe, name: str = "", example: Call |
         fuse=_own_groups(module, name, recipe),
         observer=recipe.observer if isinstance(recipe, StaticPTQ) else None,
         constants=constant_arguments(module, example),
+        example=_example_of(module, recipe, name, example),
     )
 
 
 def quantizable_layers(module: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:
     """Yield name and layer of what the recipe can quantize in ``module``, overrides aside."""
-    types = DYNAMIC_LAYERS if isinstance(recipe, DynamicPTQ) else STATIC_LAYERS
+    types = STATIC_LAYERS if not isinstance(recipe, DynamicPTQ) else (nn.Linear,) if recipe.flow == "pt2e" else DYNAMIC_LAYERS
     for path, child in module.named_modules():
         if type(child) in types:
             yield path, child
@@ -212,6 +216,26 @@ def _named_groups(module: nn.Module, name: str, recipe: Recipe) -> dict[tuple[st
     return groups
 
 
+def needs_example(recipe: Recipe) -> bool:
+    """Whether the module is exported, for which it is called once."""
+    return recipe.flow == "pt2e" and not isinstance(recipe, DynamicPTQ)
+
+
+def _example_of(module: nn.Module, recipe: Recipe, name: str, example: Call | None) -> tuple[InputSpec, ...] | None:
+    """Return what the pt2e flow exports the module with; dynamic quantization swaps layers and exports nothing."""
+    if not needs_example(recipe):
+        return None
+    if example is None:
+        raise ConfigurationError(
+            f"flow='pt2e' exports {name or type(module).__name__!r}, for which it needs an example of how it is called: there is no batch "
+            f"to take one from, or `calibration_step` does not call it. Set `example_input_array` on the LightningModule, leave the module "
+            f"out with `modules`, or use flow='fx'; without a Trainer, pass one: prepare(module, recipe, example=Call((x,), {{}}))."
+        )
+    bound = inspect.signature(module.forward).bind(*example.args, **example.kwargs)
+    bound.apply_defaults()
+    return tensors_of(bound.args, bound.kwargs)
+
+
 def _plan_layer(layer: nn.Module, recipe: Recipe, override: LayerOverride) -> LayerPlan:
     per_channel = recipe.per_channel if override.per_channel is None else override.per_channel
     bits = recipe.activation_bits if override.activation_bits is None else override.activation_bits
@@ -219,7 +243,10 @@ def _plan_layer(layer: nn.Module, recipe: Recipe, override: LayerOverride) -> La
         return LayerPlan(Kernel(override.engine, 8 if bits == "auto" else bits), per_channel, override.observer)
     if isinstance(recipe, DynamicPTQ):
         # The dynamic kernels choose the range of their inputs themselves: 7 bits, but for qnnpack.
-        return LayerPlan(Kernel(recipe.backend, 8 if recipe.backend == "qnnpack" else 7), per_channel and type(layer) not in RECURRENT)
+        bits = 8 if recipe.backend == "qnnpack" or recipe.flow == "pt2e" else 7
+        return LayerPlan(Kernel(recipe.backend, bits), per_channel and type(layer) not in RECURRENT)
+    if recipe.flow == "pt2e":  # computes in float between grids, where nothing overflows
+        return LayerPlan(Kernel(recipe.backend, 8 if bits == "auto" else bits), per_channel, override.observer)
     return LayerPlan(choose_kernel(recipe.backend, LayerShape.of(layer), bits, per_channel), per_channel, override.observer)
 
 

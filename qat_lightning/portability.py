@@ -102,8 +102,8 @@ def _by_preference() -> list[BackendName]:
 
 
 def _shape(plan: Plan, shapes: Shapes, name: str) -> LayerShape | None:
-    # Dynamic kernels choose the range of their inputs themselves.
-    return None if plan.recipe == DynamicPTQ.name else shapes.get(name)
+    # Dynamic kernels choose the range of their inputs themselves; the pt2e flow computes in float, where nothing overflows.
+    return None if plan.recipe == DynamicPTQ.name or plan.flow == "pt2e" else shapes.get(name)
 
 
 def _saturates(layer: LayerPlan, shape: LayerShape | None) -> bool:

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import nn
 
-FlowName: TypeAlias = Literal["fx", "eager"]
+FlowName: TypeAlias = Literal["fx", "eager", "pt2e"]
 BackendName: TypeAlias = Literal["x86", "fbgemm", "onednn", "qnnpack"]
 EqualizationName: TypeAlias = Literal["weights", "activations"]
 ObserverName: TypeAlias = Literal["histogram", "minmax", "moving_average", "percentile", "entropy"]
 
-FLOWS: tuple[FlowName, ...] = ("fx", "eager")
+FLOWS: tuple[FlowName, ...] = ("fx", "eager", "pt2e")
 BACKENDS: tuple[BackendName, ...] = ("x86", "fbgemm", "onednn", "qnnpack")
 EQUALIZATIONS: tuple[EqualizationName, ...] = ("weights", "activations")
 OBSERVERS: tuple[ObserverName, ...] = ("histogram", "minmax", "moving_average", "percentile", "entropy")
@@ -170,7 +170,8 @@ class Recipe:
     """What every recipe has.
 
     Args:
-        flow: how modules are swapped: ``"fx"`` traces the graph, ``"eager"`` works on modules alone.
+        flow: how modules are swapped: ``"fx"`` traces the graph, ``"eager"`` works on modules alone, ``"pt2e"`` exports the graph with
+            ``torch.export`` and needs nothing of ``torch.ao``.
         backend: the engine the int8 model is made for.
         overrides: per layer, by qualified name, glob (``"layer1.*"``) or module type: None keeps it in float,
             a :class:`LayerOverride` or a mapping of its arguments changes how it is quantized. The last match wins.
@@ -370,7 +371,7 @@ def _parse_fuse(fuse: Sequence[Sequence[str]] | None, flow: FlowName) -> tuple[t
     if fuse is None:
         return None
     if flow != "eager":
-        raise ValueError(f"Expected argument `fuse` only with flow='eager' (the fx flow finds its own groups), but got flow={flow!r}.")
+        raise ValueError(f"Expected argument `fuse` only with flow='eager' (the others find their own groups), but got flow={flow!r}.")
     if isinstance(fuse, str) or not isinstance(fuse, Iterable):
         raise TypeError(f"Expected argument `fuse` to be a list of lists of module names, but got {fuse!r}.")
     groups = []

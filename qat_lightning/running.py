@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
-from qat_lightning.distributed import Processes, own_share
+from qat_lightning.distributed import Processes, alone, own_share
 from qat_lightning.modes import evaluating
 from qat_lightning.plan import Call
 from qat_lightning.targets import capture_calls
@@ -138,6 +138,58 @@ def to_cpu_float(call: Call) -> Call:
 
     args, kwargs = pytree.tree_map(move, (call.args, call.kwargs))
     return Call(args, kwargs)
+
+
+def first_batch(trainer: Trainer, given: Iterable[Any] | None) -> Any:
+    """Return a batch to learn from how modules are called, before the loops have their loaders; None where reading one would lose it.
+
+    Args:
+        trainer: in its setup, or in any later hook.
+        given: as for :func:`calibration_batches`.
+    """
+    sources = [given] if given is not None else []
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None and hasattr(datamodule, "calibration_dataloader"):
+        sources.append(datamodule.calibration_dataloader())
+    loops = (trainer.fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+    with torch.random.fork_rng(devices=[]):  # a shuffled loader draws its order
+        for source in sources or (_loader_of(loop) for loop in loops):
+            if isinstance(source, Iterable) and not isinstance(source, Iterator):
+                return next(iter(source if given is not None else _beside(source)), None)
+    return None
+
+
+def _loader_of(loop: Any) -> Any:
+    """Return what a loop will read, None where it is not known yet."""
+    source = getattr(loop, "_data_source", None)
+    if source is None or source.instance is None or not source.is_defined():
+        return None
+    loader = source.dataloader()
+    if isinstance(loader, Iterable) and not isinstance(loader, Iterator | dict | list | tuple):
+        return loader
+    return CombinedLoader(loader, "max_size_cycle") if isinstance(loader, dict | list | tuple) and loader else None
+
+
+def calls_in_step(
+    module: LightningModule, targets: Mapping[str, nn.Module], batch: Any, trainer: Trainer, step: Callable[[LightningModule, Any], Any]
+) -> dict[str, Call]:
+    """Return how ``step`` calls each target while it runs a batch through a copy of the module on the CPU.
+
+    Args:
+        module: the LightningModule; it is not changed.
+        targets: its modules by name.
+        batch: as a loader gives it.
+        trainer: in its setup.
+        step: runs a batch through a LightningModule.
+    """
+    copied = clone(module).cpu().eval()
+    copies = {name: copied.get_submodule(name) for name in targets}
+
+    def run() -> None:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), alone(), attached(copied, trainer):
+            step(copied, to_device(copied, batch))
+
+    return {name: calls[0] for name, calls in capture_calls(copies, run).items() if calls}
 
 
 def example_calls(module: LightningModule, targets: Mapping[str, nn.Module]) -> dict[str, Call]:

@@ -16,6 +16,7 @@ from qat_lightning.core import as_call
 from qat_lightning.errors import ArtifactError
 from qat_lightning.files import write_atomically
 from qat_lightning.folder import MANIFEST, read_file
+from qat_lightning.input_spec import InputSpec
 from qat_lightning.manifest import Manifest
 from qat_lightning.plan import Call, LayerPlan
 from qat_lightning.portability import differences, engine_notes, fit_to_machine
@@ -23,7 +24,6 @@ from qat_lightning.program.calling import check_structure, example_tensors, nest
 from qat_lightning.program.execution import Run, compile_program
 from qat_lightning.program.nodes import PackedLayer, Program
 from qat_lightning.runtimes import RuntimeName, Timing, installed_runtimes, measure, open_onnx, require_runtime
-from qat_lightning.signature import InputSpec
 from qat_lightning.tensors import check_grids
 
 log = logging.getLogger(__name__)

@@ -1,34 +1,14 @@
 """What a module was called with, as a description that JSON can hold."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qat_lightning.input_spec import InputSpec, leaves, spec_of
 from qat_lightning.plan import Call, detach_call
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """One argument of a call, or one leaf of it where it is a container.
-
-    Args:
-        name: e.g. ``args[0]`` or ``kwargs['mask']``.
-        dtype: e.g. ``"float32"``; the type of what is no tensor.
-        shape: size of each dimension, None for one that may vary: the first, and those that differed between calls. None: no tensor.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int | None, ...] | None
-
-    def __post_init__(self) -> None:
-        """Check what the types leave open."""
-        if any(size is not None and size < 0 for size in self.shape or ()):
-            raise ValueError(f"shape is {self.shape}, which has a negative size")
-
 
 Signature: TypeAlias = tuple[InputSpec, ...]
 
@@ -43,24 +23,12 @@ def describe(calls: Sequence[Call]) -> Signature | None:
 
 def widen(signature: Signature | None, call: Call) -> Signature:
     """Return a signature that admits one call more; a call with other arguments than the first leaves it as it is."""
-    own = tuple(_spec(name, leaf) for name, leaf in named_leaves(call))
+    own = tuple(spec_of(name, leaf) for name, leaf in leaves(call.args, call.kwargs))
     if signature is None:
         return own
     if [(spec.name, spec.dtype) for spec in own] != [(spec.name, spec.dtype) for spec in signature]:
         return signature
     return tuple(_common(one, other) for one, other in zip(signature, own, strict=True))
-
-
-def named_leaves(call: Call) -> list[tuple[str, Any]]:
-    """Return the arguments of a call, or the leaves of those that are containers, under their names."""
-    sides = (("args", call.args), ("kwargs", call.kwargs))
-    return [(f"{kind}{pytree.keystr(path)}", leaf) for kind, values in sides for path, leaf in pytree.tree_flatten_with_path(values)[0]]
-
-
-def _spec(name: str, leaf: Any) -> InputSpec:
-    if not isinstance(leaf, Tensor):
-        return InputSpec(name, type(leaf).__name__, None)
-    return InputSpec(name, str(leaf.dtype).removeprefix("torch."), (None, *leaf.shape[1:]) if leaf.dim() else ())
 
 
 def _common(one: InputSpec, other: InputSpec) -> InputSpec:

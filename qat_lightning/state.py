@@ -156,7 +156,7 @@ def check_same(written: Plan, own: Plan, name: str) -> None:
     if differing:
         shown = ", ".join(f"{layer!r} {there.get(layer, FLOAT)} there and {here.get(layer, FLOAT)} here" for layer in differing)
         raise CheckpointError(f"{origin} with other settings in {name!r}: {shown}. {way_out}")
-    if replace(written, layers={}, backend=own.backend) != replace(own, layers={}):
+    if replace(written, layers={}, backend=own.backend, example=own.example) != replace(own, layers={}):
         raise CheckpointError(f"{origin} with other float modules, groups to fuse or constant arguments in {name!r}. {way_out}")
 
 

@@ -35,12 +35,15 @@ SEQUENCES = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
 
 
 def static(net, **settings):
-    return convert(calibrate(prepare(net, StaticPTQ(**settings)), [IMAGES]))
+    return convert(calibrate(prepare(net, StaticPTQ(**settings), Call((IMAGES,), {})), [IMAGES]))
 
 
 CASES = {
     "fx": (ModuleNet, lambda net: static(net, flow="fx"), IMAGES),
     "eager": (ModuleNet, lambda net: static(net, flow="eager"), IMAGES),
+    "pt2e": (ModuleNet, lambda net: static(net, flow="pt2e"), IMAGES),
+    "pt2e functional": (FunctionalNet, lambda net: static(net, flow="pt2e", overrides={"conv2": {"per_channel": False}}), IMAGES),
+    "dynamic pt2e": (Recurrent, lambda net: quantize_dynamic(net, DynamicPTQ(flow="pt2e")), SEQUENCES),
     "fx functional": (FunctionalNet, lambda net: static(net), IMAGES),
     "eager untraceable": (BranchingNet, lambda net: static(net, flow="eager"), IMAGES),
     "overrides": (ModuleNet, lambda net: static(net, overrides={"fc": None, "conv1": {"engine": "qnnpack", "per_channel": False}}), IMAGES),
@@ -87,7 +90,7 @@ def test_a_fresh_process_computes_the_same_bits(tmp_path):
     assert all(torch.equal(torch.load(folder / "y.pt"), y) for folder, y in expected.items())
 
 
-@pytest.mark.parametrize("recipe", [QAT(), QAT(flow="eager"), StaticPTQ(calibration_batches=2), DynamicPTQ()])
+@pytest.mark.parametrize("recipe", [QAT(), QAT(flow="eager"), QAT(flow="pt2e"), StaticPTQ(calibration_batches=2), DynamicPTQ()])
 def test_the_quantized_module_of_a_callback(recipe, tmp_path):
     callback = QuantizationCallback(recipe)
     fit(callback, max_epochs=1)
@@ -318,7 +321,7 @@ DAMAGES = {
     ),
     "class as flow": (
         sign(lambda manifest: manifest["targets"][""]["plan"].update(flow="os")),
-        r"plan.flow` must be one of \('fx', 'eager'\)",
+        r"plan.flow` must be one of \('fx', 'eager', 'pt2e'\)",
     ),
     "missing key": (sign(lambda manifest: manifest.pop("cpu")), "`cpu` is missing"),
     "negative size": (sign(lambda manifest: next(iter(manifest["files"].values())).update(bytes=-1)), "bytes is -1, less than none"),

@@ -48,7 +48,7 @@ def averaged(flow, first, ckpt_path=None, **trainer):
     return module, quantization, trained
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 @pytest.mark.parametrize("first", ["average", "quantization"])
 def test_averaged_weights_are_converted(flow, first):
     by_hand = ByHand()
@@ -61,13 +61,13 @@ def test_averaged_weights_are_converted(flow, first):
     assert (fc.weight().dequantize() - by_hand.average["net.fc.weight"]).abs().max() <= 1.001 * half_step
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 def test_the_order_of_the_callbacks_does_not_matter(flow):
     (one, _, _), (other, _, _) = averaged(flow, "average"), averaged(flow, "quantization")
     assert same(one.state_dict(), other.state_dict())
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 def test_ranges_are_those_of_training(flow):
     class Ranges(Callback):
         def on_validation_start(self, trainer, pl_module):
@@ -88,7 +88,7 @@ def test_ranges_are_those_of_training(flow):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 def test_an_averaged_run_resumes_exactly(flow, tmp_path):
     def options():
         checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)

@@ -101,7 +101,7 @@ def test_a_moment_falls_on_its_batch(when, trainer, first):
     assert watch.bn_frozen == watch.fake_quant == [{index >= first} for index in range(count)]
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 def test_moments_are_independent(flow):
     watch, recipe = Watch(), QAT(flow=flow, start=When(step=2), freeze_bn=When(step=4), freeze_observers=When(step=7))
     fit(QuantizationCallback(recipe), watching=[watch])
@@ -144,7 +144,7 @@ def test_epochs_and_steps_need_no_end():
     assert watch.observers.index({False}) == BATCHES and watch.bn_frozen.index({True}) == 3
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 def test_frozen_is_frozen(flow):
     class Keep(Callback):
         states = ()
@@ -163,7 +163,7 @@ def test_frozen_is_frozen(flow):
 # --- evaluation teaches nothing ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 def test_sanity_check_and_validation_leave_ranges_alone(flow):
     class Compare(Callback):
         checks = 0
@@ -180,7 +180,7 @@ def test_sanity_check_and_validation_leave_ranges_alone(flow):
     assert compare.checks == 3
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_evaluation_leaves_ranges_alone(flow, stage):
     callback = QuantizationCallback(QAT(flow=flow, freeze_observers=None, freeze_bn=None))
@@ -193,7 +193,7 @@ def test_evaluation_leaves_ranges_alone(flow, stage):
 # --- the end of a fit --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 def test_the_trained_module_can_be_trained_again(flow):
     callback = QuantizationCallback(QAT(flow=flow))
     module, _ = fit(callback, max_epochs=1)
@@ -211,7 +211,7 @@ def test_another_callback_takes_a_prepared_module_over():
     assert callback.report.quantized_modules == 4 and callback.report.float32.latency_ms is None
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 def test_the_trained_module_can_be_saved_and_restored(flow, tmp_path):
     callback = QuantizationCallback(QAT(flow=flow))
     module, trainer = fit(callback, max_epochs=1)
@@ -222,7 +222,7 @@ def test_the_trained_module_can_be_saved_and_restored(flow, tmp_path):
     assert torch.equal(restored.net.eval()(IMAGES), module.net.eval()(IMAGES))
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 def test_a_resumed_run_ends_where_the_whole_one_does(flow, tmp_path):
     class Save(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -271,7 +271,7 @@ def test_the_quantized_module_runs_under_a_trainer(recipe):
     assert metrics["test/acc"] == pytest.approx((predictions.argmax(1) == Images().labels).float().mean().item())
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 def test_int8_is_as_accurate_as_what_was_trained(flow):
     seed_everything(0)
     callback = QuantizationCallback(QAT(flow=flow))
@@ -322,7 +322,7 @@ def test_batch_norm_is_folded_into_int8(recipe):
     assert not any(isinstance(child, _BatchNorm) for child in callback.quantized_module.modules())
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 @pytest.mark.parametrize("freeze", [None, When(epoch=1)])
 def test_weight_scales_are_those_of_the_weights_that_are_rounded(flow, freeze):
     net = ModuleNet()
@@ -341,7 +341,7 @@ def test_weight_scales_are_those_of_the_weights_that_are_rounded(flow, freeze):
     assert all(torch.equal(scale, child.scale) for scale, child in zip(kept, weights, strict=True))
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 def test_value_ranges_are_reported(flow):
     callback = QuantizationCallback(QAT(flow=flow, activation_bits=8, overrides={"fc": {"activation_bits": 7, "per_channel": False}}))
     fit(callback, max_epochs=1)
@@ -349,7 +349,7 @@ def test_value_ranges_are_reported(flow):
     assert bits == {"net.conv1": (8, True), "net.conv2": (8, True), "net.hidden": (8, True), "net.fc": (7, False)}
 
 
-@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 @pytest.mark.parametrize("recipe", [QAT, StaticPTQ])
 def test_quantization_under_mixed_precision(flow, recipe, monkeypatch):
     rounded, round_weights = set(), torch.fake_quantize_per_channel_affine

@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
-FLOWS = pytest.mark.parametrize("flow", ["fx", "eager"])
+FLOWS = pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 
 # --- weights from files ------------------------------------------------------------------------------------------------------
 

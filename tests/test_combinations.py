@@ -22,13 +22,23 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 
-from qat_lightning import QAT, CalibrationError, QuantizationCallback, QuantizationError, StaticPTQ, When, load_quantized, save_quantized
+from qat_lightning import (
+    QAT,
+    CalibrationError,
+    ConfigurationError,
+    QuantizationCallback,
+    QuantizationError,
+    StaticPTQ,
+    When,
+    load_quantized,
+    save_quantized,
+)
 from qat_lightning.core import plan_of
 from qat_lightning.observers import fake_quants
 from tests.nets import QUIET, Images, Plain, fit
 from tests.test_callback import IMAGES, TwoOptimizers, Watch, same
 
-FLOWS = pytest.mark.parametrize("flow", ["fx", "eager"])
+FLOWS = pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 # What Lightning says of settings that are the point here.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -170,6 +180,10 @@ def test_combination(row, flow, tmp_path):
     seed_everything(0)
     callback, watch, learning = QuantizationCallback(QAT(flow=flow, **row.recipe), parity="error"), Watch(), Learning()
     arguments = dict(row.trainer, default_root_dir=tmp_path)
+    if flow == "pt2e" and row.module is TwoOptimizers:
+        with pytest.raises(ConfigurationError, match=r"exports 'critic', .* `calibration_step` does not call it"):
+            fit(callback, row.module(), **arguments)
+        return
     if "logger" in arguments:
         arguments["logger"] = arguments["logger"](tmp_path)
     module, _ = fit(callback, row.module(), watching=[watch, learning, *row.callbacks(tmp_path)], **arguments)
@@ -278,7 +292,9 @@ def test_a_fit_may_follow(again, flow):
     trains(module)
 
 
-@pytest.mark.parametrize("recipe", [QAT(), QAT(flow="eager"), StaticPTQ(calibration_batches=2)], ids=["fx", "eager", "ptq"])
+@pytest.mark.parametrize(
+    "recipe", [QAT(), QAT(flow="eager"), QAT(flow="pt2e"), StaticPTQ(calibration_batches=2)], ids=["fx", "eager", "pt2e", "ptq"]
+)
 def test_a_callback_may_fit_one_module_after_the_other(recipe):
     callback, two, one = QuantizationCallback(recipe, parity="error"), Judged(), Plain()
     for module, layers in ((two, 6), (one, 4), (two, 6), (one, 4)):

@@ -16,7 +16,7 @@ from tests.nets import QUIET, Disturb, Images, ManyInputs, Plain, fit
 from tests.test_callback import same
 from tests.test_warm_start import FIXED, Still, trained_net, untrained_net
 
-FLOWS = pytest.mark.parametrize("flow", ["fx", "eager"])
+FLOWS = pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 
 
 class Mislabelled(Still):

@@ -20,7 +20,7 @@ from qat_lightning.recipe import Recipe, parse_recipe
         (lambda: When(fraction=1.0), ValueError, r"`fraction` to lie in \[0, 1\), but got 1.0"),
         (lambda: When(fraction=-0.1), ValueError, "`fraction`.*-0.1"),
         (lambda: When(fraction="half"), TypeError, "`fraction`.*'half'"),
-        (lambda: QAT(flow="graph"), ValueError, r"`flow` to be one of \('fx', 'eager'\), but got 'graph'"),
+        (lambda: QAT(flow="graph"), ValueError, r"`flow` to be one of \('fx', 'eager', 'pt2e'\), but got 'graph'"),
         (lambda: QAT(backend="tensorrt"), ValueError, "`backend`.*'tensorrt'"),
         (lambda: QAT(backend=True), ValueError, "`backend`.*True"),
         (lambda: QAT(activation_bits=4), ValueError, "`activation_bits`.*4"),

@@ -13,11 +13,11 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from qat_lightning import QAT, QuantizationCallback, When
-from tests.killed_run import CONTROLS, KILLS, STEPS
+from tests.killed_run import CONTROLS, FEWER, KILLS, KINDS, STEPS
 from tests.nets import Plain, fit
 from tests.test_averaging import Deterministic, Ordered
 
-FLOWS = ("fx", "eager")
+FLOWS = ("fx", "eager", "pt2e")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def differences(one, other, name=""):
     return [] if one == other else [f"{name}: {one} and {other}"]
 
 
-CASES = [*(("float", kill) for kill in CONTROLS), *((flow, kill) for flow in FLOWS for kill in KILLS)]
+CASES = [(kind, kill) for kind in KINDS for kill in (CONTROLS if kind in FEWER else KILLS)]
 
 
 @pytest.mark.parametrize(("kind", "kill"), CASES, ids=[f"{kind}-{kill}" for kind, kill in CASES])

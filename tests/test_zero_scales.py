@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from qat_lightning import QAT, QuantizationCallback, prepare
+from qat_lightning import QAT, Call, QuantizationCallback, prepare
 from qat_lightning.zero_scales import SMALLEST_SCALE
 from tests.nets import ModuleNet, Plain, fit
 
-FLOWS = ("fx", "eager")
+FLOWS = ("fx", "eager", "pt2e")
 WARNING = "BatchNorm scales are zero, in 1 layers"
 
 
@@ -41,7 +41,7 @@ def test_a_branch_that_begins_at_zero_learns():
 
 @pytest.mark.parametrize("flow", FLOWS)
 def test_float_weights_that_bring_zeros(flow, tmp_path):
-    prepared = prepare(ModuleNet(), QAT(flow=flow))
+    prepared = prepare(ModuleNet(), QAT(flow=flow), Call((torch.zeros(4, 1, 8, 8),), {}))
     with pytest.warns(UserWarning, match=WARNING):
         prepared.load_state_dict(with_zeros().state_dict())
     assert prepared(torch.randn(4, 1, 8, 8)).isfinite().all()
@@ -51,6 +51,6 @@ def test_float_weights_that_bring_zeros(flow, tmp_path):
 def test_the_network_computes_nearly_the_same(flow):
     images, net = torch.randn(16, 1, 8, 8), with_zeros().eval()
     with pytest.warns(UserWarning, match=WARNING):
-        prepared = prepare(net, QAT(flow=flow)).eval()
+        prepared = prepare(net, QAT(flow=flow), Call((images,), {})).eval()
     assert torch.all(net.bn2.weight[:3] == 0), "the network given stays as it is"
     torch.testing.assert_close(prepared(images), net(images), rtol=0, atol=1e-2)

@@ -20,7 +20,7 @@ from tests.nets import QUIET, Disturb, Images, ModuleNet, Plain, fit
 
 LOUDER = 100  # how many times the data of rank 1 are larger
 STEPS = 3
-FLOWS = ("fx", "eager")
+FLOWS = ("fx", "eager", "pt2e")
 TWO_BATCHES = {"accumulate_grad_batches": 2}
 OBSERVERS = ("histogram", "minmax", "moving_average", "entropy")
 LABELS = torch.arange(8) % 4

@@ -1,4 +1,4 @@
-"""Flows carry a recipe out on one module; they alone know ``torch.ao`` and, later, ``torchao``."""
+"""Flows carry a recipe out on one module; they alone know ``torch.ao`` and ``torch.export``."""
 
 from qat_lightning.flows.base import Flow, get_flow
 

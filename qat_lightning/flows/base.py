@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
+import torch
 from torch import nn
 
+from qat_lightning.errors import ConfigurationError
 from qat_lightning.layerwise import Visit
 from qat_lightning.plan import STATIC_LAYERS, Call, Plan
 from qat_lightning.recipe import FLOWS, check_choice
@@ -65,9 +67,18 @@ def get_flow(name: str) -> Flow:
 
     Raises:
         ValueError: no flow has that name.
+        ConfigurationError: this torch no longer has what the flow is made of.
     """
     check_choice("flow", name, FLOWS)
-    return cast(Flow, importlib.import_module(f"qat_lightning.flows.{name}"))
+    try:
+        return cast(Flow, importlib.import_module(f"qat_lightning.flows.{name}"))
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("torch.ao"):
+            raise
+        raise ConfigurationError(
+            f"flow={name!r} needs torch.ao.quantization, which torch {torch.__version__} does not have ({error}). Use flow='pt2e', or an "
+            f"older torch."
+        ) from error
 
 
 class Parent(nn.Module):

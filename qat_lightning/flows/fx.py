@@ -5,7 +5,6 @@ import logging
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from qat_lightning.flows.blame import line_of_error, line_of_node, short_message
 from qat_lightning.flows.clipping import free_clips, give_limits, take_clips
 from qat_lightning.flows.following import followers
 from qat_lightning.flows.sharing import original, unshare, with_copies
+from qat_lightning.flows.surface import Surface
 from qat_lightning.flows.torch_ao import (
     STATELESS_TYPES,
     FollowingFakeQuantize,
@@ -102,14 +102,14 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
     initialize(prepared)
     if not post_training:
         keep_unused(prepared, module)
-    _Surface.of(module, plan).attach(prepared)
+    Surface(module, plan).attach(prepared)
     return prepared.train(training)
 
 
 def convert(prepared: nn.Module, plan: Plan) -> nn.Module:
     """Return the int8 graph; see :class:`qat_lightning.flows.base.Flow`."""
     assert isinstance(prepared, fx.GraphModule)
-    surface = _Surface.found_on(prepared)
+    surface = Surface.found_on(prepared)
     drop_unused(prepared)
     with quiet(), engine(plan.backend), _masked(prepared, plan):
         scales = _input_scales(prepared)
@@ -144,7 +144,7 @@ def quantize_dynamic(module: nn.Module, plan: Plan) -> nn.Module:
         custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(copied))
         int8 = convert_fx(prepare_fx(source, mapping, (torch.zeros(1),), prepare_custom_config=custom))
     pack(int8, plan)
-    _Surface.of(module, plan).attach(int8)
+    Surface(module, plan).attach(int8)
     return int8
 
 
@@ -163,7 +163,7 @@ def parity(prepared: nn.Module, int8: nn.Module, calls: Sequence[Call]) -> list[
     assert isinstance(prepared, fx.GraphModule) and isinstance(int8, fx.GraphModule)
     found: list[LayerParity] = []
     for call in calls:
-        inputs = _Surface.found_on(prepared).positional(call.args, call.kwargs)
+        inputs = Surface.found_on(prepared).positional(call.args, call.kwargs)
         recorder = _Recorder(prepared)
         recorder.run(*inputs)
         follower = _Follower(int8, recorder.references)
@@ -175,7 +175,7 @@ def parity(prepared: nn.Module, int8: nn.Module, calls: Sequence[Call]) -> list[
 def walk(prepared: nn.Module, calls: Sequence[Call], visit: Visit, progress: bool) -> None:
     """Visit the layers in the order of the graph; see :class:`qat_lightning.flows.base.Flow`."""
     assert isinstance(prepared, fx.GraphModule)
-    surface = _Surface.found_on(prepared)
+    surface = Surface.found_on(prepared)
     walk_graph(prepared, [surface.positional(call.args, call.kwargs) for call in calls], visit, progress)
 
 
@@ -397,76 +397,6 @@ def _choose_observers(prepared: fx.GraphModule, plan: Plan) -> None:
         for user in node.users:
             if user.op == "call_module":
                 choose_observer(prepared.get_submodule(str(user.target)), planned.observer)
-
-
-class _Surface:
-    """What the user's code sees of a module besides its graph: plain attributes, and arguments that the trace has fixed.
-
-    As a forward pre-hook it drops those arguments, after checking that they still have their default value.
-    """
-
-    def __init__(self, attributes: dict[str, Any], signature: inspect.Signature, constants: tuple[str, ...]) -> None:
-        self.attributes = attributes
-        self.signature = signature
-        self.constants = constants
-
-    @staticmethod
-    def of(module: nn.Module, plan: Plan) -> "_Surface":
-        own = vars(nn.Module())
-        attributes: dict[str, Any] = {name: partial(_refuse_method, type(module).__name__, name) for name in _methods(type(module))}
-        attributes |= {name: value for name, value in vars(module).items() if name not in own and not name.startswith("_")}
-        return _Surface(attributes, inspect.signature(module.forward), plan.constants)
-
-    @staticmethod
-    def found_on(module: nn.Module) -> "_Surface":
-        surface = vars(module)["_surface"]
-        assert isinstance(surface, _Surface)
-        return surface
-
-    def attach(self, module: fx.GraphModule) -> None:
-        for name, value in self.attributes.items():
-            if not (isinstance(value, partial) and hasattr(type(module), name)):
-                setattr(module, name, value)
-        vars(module)["_surface"] = self
-        if self.constants:
-            module.register_forward_pre_hook(self, with_kwargs=True)
-        # A copy of a GraphModule starts without its attributes and forward hooks.
-        module._register_deepcopy_hook(self.reattach)
-
-    def reattach(self, module: fx.GraphModule) -> None:
-        module._deepcopy_hooks = []
-        self.attach(module)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return self.positional(args, kwargs), {}
-
-    def positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        for name in self.constants:
-            default, value = self.signature.parameters[name].default, bound.arguments[name]
-            if isinstance(value, Tensor) or value != default:
-                raise UnsupportedModelError(
-                    f"forward was traced with {name}={default!r}, its default, but is called with {name} of type {type(value).__name__}. "
-                    f"Set `example_input_array` on the LightningModule (or pass `example` to prepare) to a call "
-                    f"that gives {name!r}, so that the trace sees it; or use flow='eager'."
-                )
-        return tuple(value for name, value in bound.arguments.items() if name not in self.constants)
-
-
-def _methods(kind: type) -> Iterator[str]:
-    """Yield the public methods that a user's class adds to torch's."""
-    for base in kind.__mro__:
-        if base.__module__.partition(".")[0] != "torch":
-            yield from (name for name, value in vars(base).items() if inspect.isfunction(value) and not hasattr(nn.Module, name))
-
-
-def _refuse_method(owner: str, name: str, *args: Any, **kwargs: Any) -> None:
-    """Take the place of a method besides forward, which no trace has seen."""
-    raise UnsupportedModelError(
-        f"flow='fx' makes one graph of {owner}.forward, so its method {name!r} is gone. Call the module itself, or name with `modules` the "
-        f"parts that {name!r} calls."
-    )
 
 
 # --- parity ------------------------------------------------------------------------------------------------------------------

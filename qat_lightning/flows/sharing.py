@@ -10,7 +10,6 @@ import re
 from dataclasses import replace
 
 from torch import fx, nn
-from torch.ao.quantization import get_default_static_quant_module_mappings
 
 from qat_lightning.plan import Plan
 
@@ -50,7 +49,9 @@ def with_copies(plan: Plan, module: nn.Module) -> Plan:
 
 
 def _has_own_range(module: nn.Module) -> bool:
-    """Whether the module has tensors, is one whose int8 form keeps the range of its output, or one that is fused with what is before."""
+    """Whether the module has tensors, is one whose int8 form keeps the range of its output, or a ReLU, which becomes part of a layer."""
+    from torch.ao.quantization import get_default_static_quant_module_mappings  # names of copies are needed without torch.ao, too
+
     tensors = next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
     return tensors or type(module) is nn.ReLU or type(module) in get_default_static_quant_module_mappings()
 

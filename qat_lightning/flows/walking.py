@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor, fx, nn
-from torch.ao.nn.intrinsic import qat as nniqat
 
 from qat_lightning.layerwise import LayerCase, Visit
 from qat_lightning.observers import fake_quants
@@ -17,7 +16,8 @@ from qat_lightning.plan import Call
 
 # What the activations of all batches may take between two layers; further batches are left out.
 MEMORY = 4 * 2**30
-WITH_RELU = (nniqat.ConvReLU1d, nniqat.ConvReLU2d, nniqat.ConvReLU3d, nniqat.LinearReLU)
+# Layers of torch.ao, by name, since it may be absent.
+WITH_RELU = ("ConvReLU1d", "ConvReLU2d", "ConvReLU3d", "LinearReLU")
 
 
 def walk_graph(prepared: fx.GraphModule, inputs: Sequence[tuple[Any, ...]], visit: Visit, progress: bool) -> None:
@@ -101,7 +101,7 @@ def _tracked(items: Sequence[Any], progress: bool) -> Any:
 
 def _limits(layer: Any, clip: tuple[float, float] | None) -> tuple[float, float]:
     low, high = clip or (-float("inf"), float("inf"))
-    return (max(low, 0.0), high) if isinstance(layer, WITH_RELU) else (low, high)
+    return (max(low, 0.0), high) if type(layer).__name__ in WITH_RELU else (low, high)
 
 
 # --- graphs ------------------------------------------------------------------------------------------------------------------

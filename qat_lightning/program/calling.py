@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qat_lightning.errors import ConfigurationError, UnsupportedModelError, shorten
+from qat_lightning.input_spec import InputSpec, leaves
 from qat_lightning.plan import Call
-from qat_lightning.signature import InputSpec, Signature, describe, named_leaves
+from qat_lightning.signature import Signature, describe
 
 PRIMITIVES = (bool, int, float, str, type(None))
 
@@ -25,17 +26,16 @@ class FlatModule(nn.Module):
     def __init__(self, module: nn.Module, call: Call) -> None:
         super().__init__()
         self.module = module
-        leaves, self.spec = pytree.tree_flatten((call.args, call.kwargs))
-        self.leaves = leaves
-        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.leaves, self.spec = pytree.tree_flatten((call.args, call.kwargs))
+        self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         self.structure: Any = None
         self.train(module.training)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors of the result."""
         given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(filled, self.spec)
         found: list[Tensor] = []
         self.structure = _structure(self.module(*args, **kwargs), found)
         return tuple(found)
@@ -54,7 +54,7 @@ def fixed_arguments(call: Call) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: one that JSON cannot hold.
     """
-    found = {name: leaf for name, leaf in named_leaves(call) if not isinstance(leaf, Tensor)}
+    found = {name: leaf for name, leaf in leaves(call.args, call.kwargs) if not isinstance(leaf, Tensor)}
     for name, leaf in found.items():
         if not isinstance(leaf, PRIMITIVES):
             raise UnsupportedModelError(f"The argument {name} is a {type(leaf).__name__}: a program keeps numbers, texts and None alone.")
@@ -67,7 +67,7 @@ def tensors_of(call: Call, inputs: Sequence[InputSpec], fixed: Mapping[str, Any]
     Raises:
         ConfigurationError: names the argument that is missing, unknown, of another type, dtype or shape, or has another value.
     """
-    given = dict(named_leaves(call))
+    given = dict(leaves(call.args, call.kwargs))
     expected = [spec.name for spec in inputs]
     if unknown := [name for name in given if name not in expected and name not in fixed]:
         raise ConfigurationError(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qat_lightning.decoding import decode, parse_json, shown
+from qat_lightning.input_spec import InputSpec
 from qat_lightning.program.operators import OPERATORS
 from qat_lightning.recipe import ACTIVATION_BITS, BACKENDS, BackendName, check_choice
-from qat_lightning.signature import InputSpec
 
 Kind = Literal["conv1d", "conv2d", "conv3d", "linear", "linear_dynamic"]
 CONSTANT_DTYPES = tuple(

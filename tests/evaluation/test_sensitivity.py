@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qat_lightning import QAT, CalibrationError, ConfigurationError, StaticPTQ, calibrate, convert, measure_sensitivity, prepare
+from qat_lightning import QAT, CalibrationError, Call, ConfigurationError, StaticPTQ, calibrate, convert, measure_sensitivity, prepare
 from qat_lightning.evaluation import LayerSensitivity, Sensitivity
 from qat_lightning.observers import fake_quants
 from tests.nets import FunctionalNet, ManyInputs, ModuleNet
 
-FLOWS = ("fx", "eager")
+FLOWS = ("fx", "eager", "pt2e")
 
 
 class Chain(nn.Module):
@@ -43,8 +43,12 @@ def inputs(net, count=3):
     return [torch.randn(shape, generator=generator) for _ in range(count)]
 
 
+def example_of(net):
+    return Call((inputs(net)[0],), {}) if isinstance(net, ModuleNet | FunctionalNet | Chain) else None
+
+
 def calibrated(net, recipe):
-    return calibrate(prepare(net.eval(), recipe), inputs(net))
+    return calibrate(prepare(net.eval(), recipe, example_of(net)), inputs(net))
 
 
 def relative_error(reference, value):

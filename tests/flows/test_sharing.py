@@ -4,6 +4,7 @@ from torch import nn
 
 from qat_lightning import (
     QAT,
+    Call,
     DynamicPTQ,
     QuantizationCallback,
     StaticPTQ,
@@ -19,7 +20,7 @@ from qat_lightning import (
 from tests.nets import Plain, fit
 
 IMAGES = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-FLOWS = pytest.mark.parametrize("flow", ["fx", "eager"])
+FLOWS = pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 
 
 class Twice(nn.Module):
@@ -83,7 +84,7 @@ def test_before_fake_quant_nothing_changes(build, flow, training):
     if (build, flow) == (Block, "eager"):
         pytest.skip("a functional product")
     net = build().train(training)
-    prepared = prepare(net, QAT(flow=flow)).train(training)
+    prepared = prepare(net, QAT(flow=flow), Call((IMAGES,), {})).train(training)
     ours, own = prepared(IMAGES), net(IMAGES)
     torch.testing.assert_close(ours, own)
     ours.square().sum().backward()
@@ -130,3 +131,27 @@ def test_a_dynamic_layer_that_is_called_twice():
     net, x = Lines().eval(), torch.randn(4, 8)
     with torch.no_grad():
         assert (quantize_dynamic(net, DynamicPTQ(flow="fx"))(x) - net(x)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("recipe", [QAT, StaticPTQ])
+@pytest.mark.parametrize("flow", ["fx", "pt2e"])
+def test_one_relu_behind_a_layer_and_an_addition(flow, recipe):
+    class Residual(nn.Module):
+        """The block of torchvision's ResNets."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1, self.relu = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+            self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+            out += x
+            return self.relu(out)
+
+    net = Residual().eval()
+    prepared = calibrate(prepare(net, recipe(flow=flow), Call((IMAGES,), {})), [IMAGES])
+    int8 = convert(prepared)
+    assert max(layer.max_steps for layer in measure_parity(prepared, int8, [IMAGES])) <= 1
+    with torch.no_grad():
+        assert (int8(IMAGES) - net(IMAGES)).abs().max() < 0.05 * net(IMAGES).abs().max()
