@@ -267,3 +267,12 @@ def test_onnx_refuses_what_it_cannot_carry(tmp_path):
     with pytest.raises(ConfigurationError, match="holds no int8 module"):
         export_onnx(Unusual(), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_pt2e_is_served_by_torch(tmp_path, caplog):
+    int8 = static(FunctionalNet(), flow="pt2e")
+    with caplog.at_level(logging.WARNING):
+        save_quantized(int8, tmp_path)
+    assert programs_of(tmp_path) == ["program", "weights"] and "flow='pt2e' has not" in caplog.text
+    served = load_quantized(tmp_path)
+    assert all(torch.equal(served(IMAGES[:size]), int8(IMAGES[:size])) for size in (1, 8))

@@ -66,6 +66,8 @@ def program_to_onnx(program: Program, weights: Mapping[str, Tensor], tensors: Se
         import onnx
     except ImportError:
         raise ConfigurationError('ONNX export needs the package onnx: pip install "qat-lightning[onnx]".') from None
+    if not program.layers:
+        raise UnsupportedModelError("ONNX export needs layers with int8 kernels, which flow='pt2e' has not: quantize with flow='fx'.")
     graph = OnnxGraph(program, {**weights, **program.constants}, _describe(program, weights, tensors))
     for index, spec in enumerate(program.inputs):
         graph.values[index] = replace(graph.described[index], name=_input_name(spec.name))

@@ -91,6 +91,8 @@ class _Builder:
             return self.packed[argument.layer]
         if isinstance(argument, Cpu):
             return self.graph.insertConstant(torch.device("cpu"))
+        if isinstance(argument, int | float) and isinstance(kind, torch._C.TensorType):  # which a trace writes for a number beside a tensor
+            argument = torch.tensor(argument, dtype=torch.float64 if isinstance(argument, float) else None)
         return self._list(argument, kind) if isinstance(argument, tuple) else self.graph.insertConstant(argument)
 
     def _list(self, items: tuple[Any, ...], kind: Any) -> Any:

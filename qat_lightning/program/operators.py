@@ -20,7 +20,7 @@ aten::bmm aten::mm aten::addmm aten::einsum aten::baddbmm aten::linear aten::sum
 aten::amax aten::amin aten::max aten::max.dim aten::min.dim aten::argmax aten::var.dim aten::var.correction aten::norm.ScalarOpt_dim
 aten::linalg_vector_norm aten::cumsum aten::eq.Scalar aten::eq.Tensor aten::ne.Scalar aten::ne.Tensor aten::gt.Scalar aten::lt.Scalar
 aten::ge.Scalar aten::le.Scalar aten::lt.Tensor aten::gt.Tensor aten::logical_not aten::logical_and aten::logical_or aten::bitwise_not
-aten::round aten::floor aten::ceil
+aten::round aten::round_ aten::floor aten::ceil
 """
 _LAYERS = """
 aten::relu aten::relu_ aten::relu6 aten::relu6_ aten::hardtanh aten::hardtanh_ aten::hardswish aten::hardswish_ aten::hardsigmoid
