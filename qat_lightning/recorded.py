@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
@@ -15,6 +16,7 @@ from qat_lightning.deprecation import quiet
 from qat_lightning.errors import ConfigurationError, UnsupportedModelError
 from qat_lightning.export.onnx import program_to_onnx
 from qat_lightning.flows import get_flow
+from qat_lightning.flows.quantized_layers import as_quantized_tensors
 from qat_lightning.manifest import FileKind
 from qat_lightning.plan import Call
 from qat_lightning.program.calling import FlatModule, describe_call
@@ -49,13 +51,14 @@ class Recorded:
     tensors: Sequence[Tensor]
 
 
-def record_program(module: nn.Module, example: Any = None) -> Recorded:
+def record_program(module: nn.Module, example: Any = None, quantized: bool = False) -> Recorded:
     """Return an int8 module as a program that was checked to compute the same bits, also with another batch size.
 
     Args:
         module: holds int8 submodules, on the CPU in eval mode.
         example: inputs of the module: a tensor, a tuple of positional or a mapping of keyword arguments, or a :class:`Call`. None: the
             program computes the only int8 submodule, as it was called when it was calibrated.
+        quantized: let the pt2e flow, whose integers are those of plain tensors, record torch's quantized tensors, as the others do.
 
     Raises:
         ConfigurationError: the module is not int8, or nobody saw a call of it.
@@ -63,11 +66,12 @@ def record_program(module: nn.Module, example: Any = None) -> Recorded:
     """
     entry, call, inputs = _entry(module, example)
     owner = module.get_submodule(entry)
-    program = record(owner, call, _kernels(owner), inputs)
     flow = get_flow(_plan(owner).flow)
     with quiet():
         weights = to_plain(flow.portable_state(owner))
-    checked = _checked(owner, program, weights, call)
+    with as_quantized_tensors() if quantized else nullcontext():
+        program = record(owner, call, _kernels(owner), inputs)
+        checked = _checked(owner, program, weights, call)
     return Recorded(entry, checked, weights, FlatModule(owner, call).tensors)
 
 
@@ -93,7 +97,8 @@ def make_programs(module: nn.Module, example: Any, names: Sequence[ProgramName] 
         recorded = record_program(module, example)
         made["program"] = recorded.program.to_json().encode()
         if names is None or "onnx" in names:
-            made["model"] = program_to_onnx(recorded.program, recorded.weights, recorded.tensors)
+            described = recorded if recorded.program.layers else record_program(module, example, quantized=True)
+            made["model"] = program_to_onnx(described.program, described.weights, described.tensors)
     except (ConfigurationError, UnsupportedModelError) as error:
         if names is not None:
             raise

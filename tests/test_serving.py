@@ -269,10 +269,11 @@ def test_onnx_refuses_what_it_cannot_carry(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_pt2e_is_served_by_torch(tmp_path, caplog):
+def test_pt2e_is_served(tmp_path):
+    torch.manual_seed(0)
     int8 = static(FunctionalNet(), flow="pt2e")
-    with caplog.at_level(logging.WARNING):
-        save_quantized(int8, tmp_path)
-    assert programs_of(tmp_path) == ["program", "weights"] and "flow='pt2e' has not" in caplog.text
-    served = load_quantized(tmp_path)
+    folder = save_quantized(int8, tmp_path, programs=["torch", "onnx"])
+    served = load_quantized(folder, runtime="torch")
     assert all(torch.equal(served(IMAGES[:size]), int8(IMAGES[:size])) for size in (1, 8))
+    difference = (load_quantized(folder, runtime="onnxruntime")(IMAGES) - int8(IMAGES)).abs().max()
+    assert difference <= 1.01 * int8(IMAGES).unique().diff().min()

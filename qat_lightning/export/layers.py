@@ -3,6 +3,7 @@
 Runtimes recognise these groups and run each as one integer kernel. A clip that the saturation of QuantizeLinear makes is left out.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,19 @@ def quantize(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
 def dequantize(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
     """Leave int8."""
     graph.put(node, graph.real(args[0]))
+
+
+@translates("aten::_make_per_channel_quantized_tensor", "aten::_make_per_tensor_quantized_tensor")
+def weight(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
+    """Take the integers and scales of a weight, which the node behind it makes real numbers."""
+    integers, scale = args[0], torch.as_tensor(args[1], dtype=torch.float32).reshape(-1)
+    zero_points = torch.zeros(len(scale), dtype=torch.int8)
+    described = graph.described[node.outputs[0]]
+    inputs = [
+        graph.constant(integers, "weight"),
+        *(graph.constant(tensor if len(scale) > 1 else tensor[0]) for tensor in (scale, zero_points)),
+    ]
+    graph.values[node.outputs[0]] = replace(described, name=graph.add("DequantizeLinear", inputs, axis=0), grid=None)
 
 
 @translates(*(f"quantized::conv{dims}d{relu}" for dims in (1, 2, 3) for relu in ("", "_relu")))

@@ -44,7 +44,7 @@ def export_onnx(module: nn.Module, path: str | Path, example: Any = None) -> Pat
     """
     from qat_lightning.recorded import record_program
 
-    recorded = record_program(module, example)
+    recorded = record_program(module, example, quantized=True)
     content = program_to_onnx(recorded.program, recorded.weights, recorded.tensors)
     write_atomically(Path(path), content)
     return Path(path)
@@ -66,8 +66,6 @@ def program_to_onnx(program: Program, weights: Mapping[str, Tensor], tensors: Se
         import onnx
     except ImportError:
         raise ConfigurationError('ONNX export needs the package onnx: pip install "qat-lightning[onnx]".') from None
-    if not program.layers:
-        raise UnsupportedModelError("ONNX export needs layers with int8 kernels, which flow='pt2e' has not: quantize with flow='fx'.")
     graph = OnnxGraph(program, {**weights, **program.constants}, _describe(program, weights, tensors))
     for index, spec in enumerate(program.inputs):
         graph.values[index] = replace(graph.described[index], name=_input_name(spec.name))
@@ -135,6 +133,6 @@ def _larger(tensor: Tensor, shape: Sequence[int | None]) -> Tensor:
 
 def _value(one: Tensor, other: Tensor) -> Value:
     shape = tuple(size if size == also else None for size, also in zip(one.shape, other.shape, strict=True))
-    if one.is_quantized:
+    if one.is_quantized and one.dtype == torch.quint8:
         return Value("", shape, torch.uint8, Grid(one.q_scale(), one.q_zero_point()))
-    return Value("", shape, one.dtype)
+    return Value("", shape, torch.float32 if one.is_quantized else one.dtype)

@@ -178,6 +178,10 @@ def matmul(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
 def linear(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
     """Multiply by a matrix in float."""
     x, weight, bias = args
+    if isinstance(weight, Value) and x.rank == 2:
+        inputs = [graph.real(x), graph.real(weight), *([] if bias is None else [graph.real(bias)])]
+        graph.put(node, graph.add("Gemm", inputs, transB=1))
+        return
     turned = (
         graph.constant(weight.detach().t()) if isinstance(weight, Tensor) else graph.add("Transpose", [graph.real(weight)], perm=[1, 0])
     )
@@ -197,7 +201,7 @@ def addmm(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
 def convolution(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
     """Convolve in float."""
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args[:9]
-    dims = weight.dim() - 2
+    dims = (weight.rank if isinstance(weight, Value) else weight.dim()) - 2
     stride, padding, dilation = (list(values) * (dims if len(values) == 1 else 1) for values in (stride, padding, dilation))
     inputs = [graph.real(x), graph.real(weight), *([] if bias is None else [graph.real(bias)])]
     geometry: dict[str, Any] = {"strides": stride, "pads": [*padding, *padding], "dilations": dilation, "group": groups}

@@ -1,5 +1,7 @@
 """Convolutions and linear layers of the pt2e flow: with fake-quant on their weight, and with a weight in int8."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -107,6 +109,19 @@ def with_fake_quant(layer: nn.Module, per_channel: bool, norm: nn.Module | None)
     return cast(nn.Module, made)
 
 
+_AS_QUANTIZED_TENSORS: list[bool] = []
+
+
+@contextmanager
+def as_quantized_tensors() -> Iterator[None]:
+    """Let int8 modules compute with torch's quantized tensors for the time of the block: a recording then tells where int8 begins."""
+    _AS_QUANTIZED_TENSORS.append(True)
+    try:
+        yield
+    finally:
+        _AS_QUANTIZED_TENSORS.pop()
+
+
 # --- int8 --------------------------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +145,10 @@ class Int8Weight(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the weight as real numbers, float32."""
+        if _AS_QUANTIZED_TENSORS:
+            if self.scale.numel() == 1:
+                return torch._make_per_tensor_quantized_tensor(self.int8, float(self.scale), 0).dequantize()
+            return torch._make_per_channel_quantized_tensor(self.int8, self.scale, self.zero_point, 0).dequantize()
         return self.int8.float() * self.scale.reshape(-1, *[1] * (self.int8.dim() - 1))
 
 
@@ -200,6 +219,8 @@ class Requantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, float32, clipped and rounded to the grid."""
+        if _AS_QUANTIZED_TENSORS:  # whose saturation is the clip
+            return torch.quantize_per_tensor(x, self.scale, self.zero_point, torch.quint8).dequantize()
         if self.limits is not None:
             x = x.clamp(*self.limits)
         integers = (x * (1.0 / self.scale)).round_().add_(self.zero_point).clamp_(0, ACTIVATION_MAX).to(torch.uint8)

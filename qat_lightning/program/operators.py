@@ -34,8 +34,9 @@ aten::adaptive_avg_pool2d aten::adaptive_avg_pool3d aten::adaptive_max_pool2d at
 aten::upsample_bilinear2d aten::upsample_bilinear2d.vec aten::scaled_dot_product_attention aten::lstm.input aten::gru.input
 """
 _QUANTIZED = """
-aten::quantize_per_tensor aten::quantize_per_tensor.tensor_qparams aten::dequantize.self quantized::conv1d quantized::conv1d_relu
-quantized::conv2d.new quantized::conv2d_relu.new quantized::conv3d.new quantized::conv3d_relu.new quantized::linear quantized::linear_relu
+aten::_make_per_channel_quantized_tensor aten::_make_per_tensor_quantized_tensor aten::quantize_per_tensor
+aten::quantize_per_tensor.tensor_qparams aten::dequantize.self quantized::conv1d quantized::conv1d_relu quantized::conv2d.new
+quantized::conv2d_relu.new quantized::conv3d.new quantized::conv3d_relu.new quantized::linear quantized::linear_relu
 quantized::linear_dynamic quantized::linear_relu_dynamic quantized::add quantized::add_relu quantized::add.Scalar quantized::add_scalar
 quantized::mul quantized::mul_relu quantized::mul.Scalar quantized::mul_scalar quantized::mul_scalar_relu quantized::add_scalar_relu
 quantized::cat quantized::cat_relu quantized::hardswish quantized::sigmoid quantized::leaky_relu quantized::softmax quantized::matmul

@@ -74,7 +74,9 @@ def _trace(flat: FlatModule) -> Any:
 
 def _is_assertion(file: str, line: int) -> bool:
     """Whether the line only checks; torch's own modules and ours branch on what no call changes."""
-    return any(str(root) in file for root in (Path(torch.__file__).parent, Path(__file__).parents[1])) or "assert" in linecache.getline(file, line)
+    return any(str(root) in file for root in (Path(torch.__file__).parent, Path(__file__).parents[1])) or "assert" in linecache.getline(
+        file, line
+    )
 
 
 class _Recorder:
