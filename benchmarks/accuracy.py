@@ -24,12 +24,14 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
-from benchmarks.peers import PEERS, Peer
 from qat_lightning import StaticPTQ, calibrate, convert, prepare, refine
 from qat_lightning.backend import supported_backends
+from qat_lightning.benchmark.peers import PEERS, Peer
 
 Run = Callable[[Tensor], Tensor]
 WORKERS = 1
+# The same numbers as another, faster or slower.
+SPEED_ONLY = ("torch-x86-traced", "pt2e-inductor")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def rows(case: Case, backends: Sequence[str], peers: Sequence[Peer], ablation: b
         if any(importlib.util.find_spec(package) is None for package in peer.packages):
             found.append(Row(peer.name, remark=f"not installed: {', '.join(peer.packages)}"))
             continue
-        found.append(case.measure(peer.name, lambda peer=peer: peer.quantize(case.net, case.calibration)))
+        found.append(case.measure(peer.name, lambda peer=peer: peer.quantize(case.net, case.calibration).run))
     return found
 
 
@@ -160,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_case_arguments(parser)
     parser.add_argument("--backends", nargs="*", default=list(supported_backends()))
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--peers", nargs="*", default=[name for name in PEERS if name not in SPEED_ONLY], choices=list(PEERS))
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)

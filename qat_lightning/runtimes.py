@@ -4,6 +4,7 @@ import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -50,7 +51,7 @@ def open_onnx(runtime: RuntimeName, content: bytes, threads: int | None = None) 
         threads: at most; None: as many as torch uses.
     """
     threads = torch.get_num_threads() if threads is None else threads
-    return _open_onnxruntime(content, threads) if runtime == "onnxruntime" else _open_openvino(content, threads)
+    return _open_onnxruntime(content, threads) if runtime == "onnxruntime" else compile_openvino(content, threads)
 
 
 def _open_onnxruntime(content: bytes, threads: int) -> Run:
@@ -71,13 +72,19 @@ def _open_onnxruntime(content: bytes, threads: int) -> Run:
     return run
 
 
-def _open_openvino(content: bytes, threads: int) -> Run:
+def compile_openvino(model: bytes | Path, threads: int) -> Run:
+    """Return a function that runs a model in OpenVINO.
+
+    Args:
+        model: content of an ONNX file, or the path of a file of OpenVINO.
+        threads: at most.
+    """
     import openvino
 
     core = openvino.Core()
     # Without the first, processors with AMX compute in bfloat16 what is not int8.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    request = core.compile_model(core.read_model(content), "CPU", settings).create_infer_request()
+    request = core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
     count = len(request.model_outputs)
 
     def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

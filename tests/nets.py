@@ -87,6 +87,13 @@ class ManyInputs(nn.Module):
         return {"logits": self.fc(h) * scale, "rest": (h, ids)}
 
 
+class ColourNet(nn.Sequential):
+    """Images in colour: 2 layers with weights."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
 class MappingInput(nn.Module):
     """A mapping in, a tuple out: 2 layers with weights."""
 

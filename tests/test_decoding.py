@@ -14,6 +14,7 @@ PLAN = {
     "fuse": None,
     "observer": None,
     "constants": [],
+    "example": None,
 }
 
 
@@ -47,7 +48,7 @@ def test_a_plan_survives_json():
         ({"_target_": "os.system"}, "`_target_` is no key that this version knows"),
         ({"recipe": "magic"}, "Expected argument `recipe` to be one of ('qat', 'ptq', 'dynamic'), but got 'magic'"),
         ({"observer": "minmax"}, "Expected argument `observer` to be one of (None,), but got 'minmax'"),
-        ({"flow": "os"}, "`flow` must be one of ('fx', 'eager'), but is 'os'"),
+        ({"flow": "os"}, "`flow` must be one of ('fx', 'eager', 'pt2e'), but is 'os'"),
         ({"layers": []}, "`layers` must be of type dict, but is []"),
         ({"layers": {"fc": {}}}, "`layers.fc.kernel` is missing"),
         ({"layers": {"fc": {**PLAN["layers"]["fc"], "per_channel": 1}}}, "`layers.fc.per_channel` must be of type bool, but is 1"),

@@ -71,8 +71,11 @@ def test_fragile_layer_is_found(flow, recipe):
 
 def test_flows_agree():
     net = fragile_chain()
-    fx, eager = (measure_sensitivity(calibrated(net, StaticPTQ(flow=flow)), inputs(net)) for flow in FLOWS)
+    fx, eager, pt2e = (measure_sensitivity(calibrated(net, StaticPTQ(flow=flow)), inputs(net)) for flow in FLOWS)
     assert fx == eager
+    # Its grids differ from theirs in the last bits.
+    for one, other in zip(fx.rows, pt2e.rows, strict=True):
+        assert one.layer == other.layer and other.all_but == pytest.approx(one.all_but, rel=0.2)
 
 
 @pytest.mark.parametrize("layer", ["a", "b", "c"])

@@ -1,0 +1,76 @@
+"""What is timed: the float network, this package by runtime, and the peers."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qat_lightning.artifact import load_quantized, save_quantized
+from qat_lightning.benchmark.peers import PEERS, Quantized
+from qat_lightning.core import calibrate, convert, prepare, refine
+from qat_lightning.evaluation import serialized_bytes
+from qat_lightning.plan import Call
+from qat_lightning.recipe import StaticPTQ
+
+Make = Callable[[nn.Module, Sequence[Tensor]], Quantized]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run a network.
+
+    Args:
+        name: for the table.
+        packages: that must be installed.
+        make: takes the float network and calibration batches; the first batch has the size that is timed.
+        ours: whether it is this package.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    make: Make
+    ours: bool = False
+
+
+def _float(compiled: bool) -> Make:
+    def make(net: nn.Module, batches: Sequence[Tensor]) -> Quantized:
+        return Quantized(torch.compile(net) if compiled else net, serialized_bytes(net))
+
+    return make
+
+
+def _ours(runtime: str | None, flow: str = "fx") -> Make:
+    """Return static quantization by this package; without a runtime the plain module."""
+
+    def make(net: nn.Module, batches: Sequence[Tensor]) -> Quantized:
+        prepared = prepare(net, StaticPTQ(flow=flow), example=Call((batches[0],), {}))  # type: ignore[arg-type]
+        int8 = convert(refine(calibrate(prepared, batches), batches))
+        if runtime is None:
+            return Quantized(int8, serialized_bytes(int8))
+        with tempfile.TemporaryDirectory() as folder:
+            save_quantized(int8, folder, example=batches[0])
+            served = load_quantized(folder, runtime=runtime, example=batches[0])
+            kind = "weights-*" if served.runtime == "torch" else "model-*"
+            return Quantized(served, next(Path(folder).glob(kind)).stat().st_size)
+
+    return make
+
+
+CANDIDATES: Mapping[str, Candidate] = {
+    "float": Candidate("float, eager", (), _float(compiled=False)),
+    "float-compiled": Candidate("float, torch.compile", (), _float(compiled=True)),
+    "plain": Candidate("qat_lightning, the module itself", (), _ours(None), ours=True),
+    "torch": Candidate("qat_lightning, torch", (), _ours("torch"), ours=True),
+    "onnxruntime": Candidate("qat_lightning, ONNX Runtime", ("onnx", "onnxruntime"), _ours("onnxruntime"), ours=True),
+    "openvino": Candidate("qat_lightning, OpenVINO", ("onnx", "openvino"), _ours("openvino"), ours=True),
+    "auto": Candidate("qat_lightning, auto", ("onnx",), _ours("auto"), ours=True),
+    **{f"peer-{name}": Candidate(peer.name, peer.packages, peer.quantize) for name, peer in PEERS.items()},
+}
+"""By the name on the command line."""
+DEFAULTS = (
+    *("float", "plain", "torch", "onnxruntime", "openvino", "auto"),
+    *("peer-torch-x86", "peer-torch-x86-traced", "peer-onnxruntime-minmax", "peer-nncf-openvino"),
+)
