@@ -7,7 +7,6 @@ methods calibrate with the same training images, without labels. Other tools run
 """
 
 import argparse
-import importlib
 import importlib.util
 import json
 import time
@@ -27,6 +26,7 @@ from torchvision.datasets import ImageFolder
 from qat_lightning import StaticPTQ, calibrate, convert, prepare, refine
 from qat_lightning.backend import supported_backends
 from qat_lightning.benchmark.peers import PEERS, Peer
+from qat_lightning.benchmark.worker import load_net
 
 Run = Callable[[Tensor], Tensor]
 WORKERS = 1
@@ -151,10 +151,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
 
 def case_of(chosen: argparse.Namespace) -> Case:
     """Return what these options choose."""
-    module, _, rest = chosen.net.partition(":")
-    name, _, argument = rest.partition("=")
-    net = getattr(importlib.import_module(module), name)(*([int(argument)] if argument else []))
-    return Case(net, chosen.data.expanduser(), chosen.size, chosen.mean, chosen.std, chosen.calibration, chosen.every)
+    return Case(load_net(chosen.net), chosen.data.expanduser(), chosen.size, chosen.mean, chosen.std, chosen.calibration, chosen.every)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

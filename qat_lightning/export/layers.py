@@ -105,39 +105,6 @@ def concatenate(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
     graph.put(node, _rectified(graph, node, graph.add("Concat", [graph.real(tensor) for tensor in tensors], axis=axis)))
 
 
-@translates("quantized::hardswish")
-def hardswish(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
-    """Apply hardswish."""
-    graph.put(node, graph.add("HardSwish", [graph.real(args[0])]))
-
-
-@translates("quantized::sigmoid")
-def sigmoid(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
-    """Apply sigmoid."""
-    graph.put(node, graph.add("Sigmoid", [graph.real(args[0])]))
-
-
-@translates("quantized::leaky_relu")
-def leaky_relu(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
-    """Apply a ReLU that leaks."""
-    graph.put(node, graph.add("LeakyRelu", [graph.real(args[0])], alpha=float(args[1])))
-
-
-@translates("quantized::softmax")
-def softmax(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
-    """Apply softmax."""
-    graph.put(node, graph.add("Softmax", [graph.real(args[0])], axis=args[1]))
-
-
-@translates("quantized::layer_norm")
-def layer_norm(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
-    """Normalise over the last dimensions."""
-    x, shape, weight, bias, eps = args[:5]
-    scale = torch.ones(shape) if weight is None else weight
-    inputs = [graph.real(x), graph.constant(scale), *([] if bias is None else [graph.constant(bias)])]
-    graph.put(node, graph.add("LayerNormalization", inputs, axis=-len(shape), epsilon=float(eps)))
-
-
 @translates("quantized::batch_norm2d", "quantized::batch_norm2d_relu", "quantized::batch_norm1d", "quantized::batch_norm")
 def batch_norm(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
     """Normalise by running statistics."""

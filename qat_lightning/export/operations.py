@@ -26,7 +26,7 @@ def _name(node: Node) -> str:
     return node.op.partition("::")[2].partition(".")[0].rstrip("_")
 
 
-@translates(*(f"aten::{name}{place}" for name in UNARY for place in ("", "_")))
+@translates(*(f"aten::{name}{place}" for name in UNARY for place in ("", "_")), "quantized::hardswish", "quantized::sigmoid")
 def unary(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
     """Apply a function of one argument."""
     if _name(node) == "softplus" and (args[1], args[2]) != (1, 20):
@@ -143,7 +143,7 @@ def gelu(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
     graph.put(node, graph.add("Gelu", [graph.real(args[0])], approximate=args[1]))
 
 
-@translates("aten::leaky_relu", "aten::leaky_relu_", "aten::elu", "aten::elu_")
+@translates("aten::leaky_relu", "aten::leaky_relu_", "quantized::leaky_relu", "aten::elu", "aten::elu_")
 def leaky(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
     """Apply a ReLU that is not zero below zero."""
     if _name(node) == "elu" and args[2:] != [1, 1]:
@@ -159,7 +159,7 @@ def prelu(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
     graph.put(node, graph.add("PRelu", [graph.real(x), graph.constant(slopes.detach().reshape(shape))]))
 
 
-@translates("aten::softmax", "aten::log_softmax")
+@translates("aten::softmax", "quantized::softmax", "aten::log_softmax")
 def softmax(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
     """Apply softmax or its logarithm."""
     graph.put(node, graph.add("Softmax" if _name(node) == "softmax" else "LogSoftmax", [graph.real(args[0])], axis=args[1]))
@@ -249,7 +249,7 @@ def _masked(graph: OnnxGraph, scores: str, mask: Any) -> str:
 # --- normalisation -----------------------------------------------------------------------------------------------------------
 
 
-@translates("aten::layer_norm")
+@translates("aten::layer_norm", "quantized::layer_norm")
 def layer_norm(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
     """Normalise over the last dimensions."""
     x, shape, weight, bias, eps = args[:5]

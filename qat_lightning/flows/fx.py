@@ -48,8 +48,7 @@ from qat_lightning.flows.torch_ao import (
     static_qconfig,
 )
 from qat_lightning.flows.unused import drop_unused, keep_unused
-from qat_lightning.flows.walking import walk_graph
-from qat_lightning.layerwise import Visit
+from qat_lightning.flows.walking import walk_traced as walk
 from qat_lightning.modes import evaluating
 from qat_lightning.parity import Reference, compare
 from qat_lightning.plan import Call, Plan
@@ -170,13 +169,6 @@ def parity(prepared: nn.Module, int8: nn.Module, calls: Sequence[Call]) -> list[
         follower.run(*inputs)
         found.extend(follower.layers)
     return found
-
-
-def walk(prepared: nn.Module, calls: Sequence[Call], visit: Visit, progress: bool) -> None:
-    """Visit the layers in the order of the graph; see :class:`qat_lightning.flows.base.Flow`."""
-    assert isinstance(prepared, fx.GraphModule)
-    surface = Surface.found_on(prepared)
-    walk_graph(prepared, [surface.positional(call.args, call.kwargs) for call in calls], visit, progress)
 
 
 # --- tracing -----------------------------------------------------------------------------------------------------------------

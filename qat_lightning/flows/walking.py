@@ -10,6 +10,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, fx, nn
 
+from qat_lightning.flows.surface import Surface
 from qat_lightning.layerwise import LayerCase, Visit
 from qat_lightning.observers import fake_quants
 from qat_lightning.plan import Call
@@ -18,6 +19,13 @@ from qat_lightning.plan import Call
 MEMORY = 4 * 2**30
 # Layers of torch.ao, by name, since it may be absent.
 WITH_RELU = ("ConvReLU1d", "ConvReLU2d", "ConvReLU3d", "LinearReLU")
+
+
+def walk_traced(prepared: nn.Module, calls: Sequence[Call], visit: Visit, progress: bool) -> None:
+    """Visit the layers in the order of the graph; see :class:`qat_lightning.flows.base.Flow`."""
+    assert isinstance(prepared, fx.GraphModule)
+    surface = Surface.found_on(prepared)
+    walk_graph(prepared, [surface.positional(call.args, call.kwargs) for call in calls], visit, progress)
 
 
 def walk_graph(prepared: fx.GraphModule, inputs: Sequence[tuple[Any, ...]], visit: Visit, progress: bool) -> None:
