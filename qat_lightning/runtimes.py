@@ -20,13 +20,23 @@ from qat_lightning.recipe import check_choice
 RuntimeName = Literal["torch", "onnxruntime", "openvino"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 EXTRAS = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
-# Features of processors whose integer products of uint8 and int8 do not saturate in ONNX Runtime.
+# Features of processors whose sums of products of uint8 and int8 do not saturate. Without them ONNX Runtime can be told to take a way
+# around, OpenVINO cannot: https://docs.openvino.ai/2025/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html
 EXACT_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "asimd")
 
 
 def installed_runtimes() -> tuple[RuntimeName, ...]:
     """Return the runtimes that can be imported here."""
     return tuple(name for name in RUNTIMES if name == "torch" or importlib.util.find_spec(name) is not None)
+
+
+def saturates(runtime: RuntimeName) -> bool:
+    """Whether the int8 kernels of a runtime overflow on this processor: it computes something else than the model."""
+    return runtime == "openvino" and not _exact()
+
+
+def _exact() -> bool:
+    return bool({*this_cpu().features} & {*EXACT_FEATURES})
 
 
 def require_runtime(name: str) -> RuntimeName:
@@ -60,7 +70,7 @@ def _open_onnxruntime(content: bytes, threads: int) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    if not {*this_cpu().features} & {*EXACT_FEATURES}:
+    if not _exact():
         options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]

@@ -23,7 +23,7 @@ from qat_lightning.portability import differences, engine_notes, fit_to_machine
 from qat_lightning.program.calling import check_structure, example_tensors, nested, tensors_of
 from qat_lightning.program.execution import Run, compile_program
 from qat_lightning.program.nodes import PackedLayer, Program
-from qat_lightning.runtimes import RuntimeName, Timing, installed_runtimes, measure, open_onnx, require_runtime
+from qat_lightning.runtimes import RuntimeName, Timing, installed_runtimes, measure, open_onnx, require_runtime, saturates
 from qat_lightning.tensors import check_grids
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def open_served(folder: Path, manifest: Manifest, runtime: str, example: Any) ->
     Args:
         folder: of the artifact.
         manifest: of the artifact.
-        runtime: name of the runtime, or ``"auto"`` for the fastest of those that are installed.
+        runtime: name of the runtime, or ``"auto"`` for the fastest of those that are installed and compute it right on this processor.
         example: what ``"auto"`` times; None: one sample of the size that the model was called with.
 
     Raises:
@@ -90,6 +90,12 @@ def open_served(folder: Path, manifest: Manifest, runtime: str, example: Any) ->
         chosen, run = _fastest(folder, manifest, program, weights, example)
     else:
         run = _open(folder, manifest, program, weights, chosen)
+        if saturates(chosen):
+            warnings.warn(
+                f"{folder}: the int8 kernels of {chosen} overflow on this CPU, which has none of VNNI and AMX: its outputs may be wrong. "
+                f'Use runtime="onnxruntime", runtime="torch" or runtime="auto", which does not.',
+                stacklevel=3,
+            )
     return ServedModel(program, run, chosen, manifest.entry)
 
 
@@ -164,7 +170,9 @@ def _open(folder: Path, manifest: Manifest, program: Program, weights: Mapping[s
 def _fastest(folder: Path, manifest: Manifest, program: Program, weights: Mapping[str, Tensor], example: Any) -> tuple[RuntimeName, Run]:
     """Return the fastest runtime; what was timed on this machine before, with inputs of this size, is not timed again."""
     tensors = example_tensors(program.inputs) if example is None else tensors_of(as_call(example), program.inputs, program.fixed)
-    candidates: list[RuntimeName] = [name for name in installed_runtimes() if name == "torch" or manifest.file("model") is not None]
+    candidates: list[RuntimeName] = [
+        name for name in installed_runtimes() if name == "torch" or (manifest.file("model") is not None and not saturates(name))
+    ]
     machine, shapes = f"{cpu_name()}, {' '.join(candidates)}", tuple(tuple(tensor.shape) for tensor in tensors)
     this_case = (machine, torch.get_num_threads(), shapes)
     known = [timing for timing in manifest.timings if (timing.machine, timing.threads, timing.shapes) == this_case]

@@ -27,6 +27,7 @@ from qat_lightning import (
     quantize_dynamic,
     save_quantized,
 )
+from qat_lightning.backend import LayerShape, choose_kernel
 from tests.mutations import Malicious, read_manifest, sign_manifest, sign_weights, weights_of
 from tests.nets import BranchingNet, FunctionalNet, ManyInputs, ModuleNet, Plain, Recurrent, fit
 
@@ -119,7 +120,8 @@ def test_a_folder_holds_weights_programs_and_a_manifest_and_nothing_else(artifac
     assert manifest["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability() and manifest["metrics"] == {}
     plan = manifest["targets"][""]["plan"]
     assert (plan["recipe"], plan["flow"], plan["backend"]) == ("ptq", "fx", "x86")
-    assert plan["layers"]["conv1"] == {"kernel": {"engine": "x86", "activation_bits": 8}, "per_channel": True, "observer": None}
+    kernel = choose_kernel("x86", LayerShape.of(nn.Conv2d(1, 8, 3, padding=1)), "auto", per_channel=True)
+    assert plan["layers"]["conv1"] == {"kernel": vars(kernel), "per_channel": True, "observer": None}
     assert manifest["targets"][""]["inputs"] == [{"name": "args[0]", "dtype": "float32", "shape": [None, 1, 8, 8]}]
 
 

@@ -50,8 +50,9 @@ def test_the_value_range_can_be_set(setting, bits):
 
 def test_a_layer_can_be_given_another_engine():
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    int8 = convert(calibrate(prepare(net, StaticPTQ(overrides={"1": {"engine": "qnnpack"}})), [torch.randn(4, 8)]))
-    assert [int8_plan_of(int8).layers[name].kernel.engine for name in ("0", "1")] == ["x86", "qnnpack"]
+    overrides = {"0": {"engine": "onednn"}, "1": {"engine": "qnnpack"}}
+    int8 = convert(calibrate(prepare(net, StaticPTQ(overrides=overrides)), [torch.randn(4, 8)]))
+    assert [int8_plan_of(int8).layers[name].kernel.engine for name in ("0", "1")] == ["onednn", "qnnpack"]
 
 
 def test_a_backend_that_torch_lacks_is_refused(monkeypatch):

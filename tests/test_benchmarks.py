@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import accuracy, dynamic, qat
+from benchmarks import accuracy, dynamic, overhead, qat
 
 
 def tiny():
@@ -78,3 +78,11 @@ def test_dynamic(tmp_path, capsys):
     assert row.startswith("| lstm, x86 |") and size == pytest.approx(expected, abs=0.01)
     assert wide_lstm.startswith("| LSTM, width 512, 32 steps, x86 |") and wide_bert.startswith("| 2 BERT layers, width 768")
     assert (tmp_path / "sentences" / "train.tsv").read_text().startswith("sentence\tlabel\n")
+
+
+def test_overhead(tmp_path, capsys):
+    arguments = ["--net", "tests.test_benchmarks:tiny", "--size", "12", "--batch", "4", "--batches", "2", "--epochs", "1"]
+    overhead.main([*arguments, "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert list(rows) == list(overhead.PHASES) and all(row["callback"] > 0 < row["by hand"] for row in rows.values())
+    assert capsys.readouterr().out.count("\n") == 2 + len(rows)

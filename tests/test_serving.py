@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from qat_lightning import (
     quantize_dynamic,
     save_quantized,
 )
-from qat_lightning.runtimes import RUNTIMES
+from qat_lightning.backend import Cpu
+from qat_lightning.runtimes import RUNTIMES, saturates
 from tests.mutations import read_manifest, sign_manifest
 from tests.nets import BranchingNet, FunctionalNet, ManyInputs, MappingInput, ModuleNet, Plain, fit
 
@@ -65,7 +67,10 @@ def test_torch_computes_the_same_bits_with_any_batch_size(flow, backend, tmp_pat
 def test_other_runtimes_compute_the_same_within_steps(runtime, steps, net, flow, tmp_path):
     torch.manual_seed(0)
     int8 = static(net(), flow=flow)
-    served = load_quantized(save_quantized(int8, tmp_path), runtime=runtime)
+    with pytest.warns(UserWarning, match="kernels of openvino overflow on this CPU.*VNNI") if saturates(runtime) else nullcontext():
+        served = load_quantized(save_quantized(int8, tmp_path), runtime=runtime)
+    if saturates(runtime):
+        return  # it is wrong by tens of steps, as the warning says
     step = int8(IMAGES).unique().diff().min()
     for size in (1, 8):
         assert (served(IMAGES[:size]) - int8(IMAGES[:size])).abs().max() <= (steps + 0.01) * step
@@ -88,14 +93,23 @@ def test_auto_takes_the_fastest_and_keeps_the_figures(saved):
     _, folder = saved
     served = load_quantized(folder)
     ((timing),) = read_manifest(folder)["timings"]
-    assert set(timing["milliseconds"]) == set(RUNTIMES) and timing["shapes"] == [[1, 1, 8, 8]]
+    assert set(timing["milliseconds"]) == {name for name in RUNTIMES if not saturates(name)} and timing["shapes"] == [[1, 1, 8, 8]]
     assert served.runtime == min(timing["milliseconds"], key=timing["milliseconds"].get)
     forced = read_manifest(folder)
-    forced["timings"][0]["milliseconds"] = {"torch": 2.0, "onnxruntime": 1.0, "openvino": 3.0}
+    forced["timings"][0]["milliseconds"] = {"torch": 2.0, "onnxruntime": 1.0}
     sign_manifest(folder, forced)
     assert load_quantized(folder).runtime == "onnxruntime"
     load_quantized(folder, example=IMAGES[:4])
     assert [timing["shapes"] for timing in read_manifest(folder)["timings"]] == [[[1, 1, 8, 8]], [[4, 1, 8, 8]]]
+
+
+def test_auto_leaves_out_what_computes_something_else(saved, monkeypatch):
+    monkeypatch.setattr("qat_lightning.runtimes.this_cpu", lambda: Cpu(name="an old CPU", capability="AVX2", features=("avx2",)))
+    served = load_quantized(saved[1], example=IMAGES[:2])
+    timing = read_manifest(saved[1])["timings"][-1]
+    assert served.runtime != "openvino" and set(timing["milliseconds"]) == {"torch", "onnxruntime"}
+    with pytest.warns(UserWarning, match="kernels of openvino overflow on this CPU"):
+        load_quantized(saved[1], runtime="openvino")
 
 
 def test_several_inputs_keywords_and_nested_outputs(tmp_path):

@@ -83,10 +83,17 @@ class OnnxGraph:
         return f"{prefix}_{self.count}"
 
     def constant(self, tensor: Tensor, name: str | None = None) -> str:
-        """Return the name of an initializer; equal ones are kept once."""
+        """Return the name of an initializer; equal ones are kept once, but for int8.
+
+        On processors without VNNI, ONNX Runtime replaces int8 by uint8, and fails where it meets a tensor for the second time.
+        """
         import onnx
 
         array = tensor.detach().contiguous().numpy()
+        if tensor.dtype == torch.int8:
+            name = self.fresh(name or "constant")
+            self.initializers.append(onnx.numpy_helper.from_array(array, name))
+            return name
         key = (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self.constants:
             chosen = self.fresh(name or "constant")
