@@ -103,8 +103,8 @@ def measure(net: nn.Module, batches: DataLoader[Any], epochs: int, freeze: When 
     """Return the median seconds of an epoch with the callback, and of one by hand."""
     turns = Turns(HandWritten(net, batches, frozen=freeze is not None))
     callbacks = [QuantizationCallback(QAT(freeze_observers=freeze, freeze_bn=freeze), parity="off"), turns]
-    trainer = Trainer(max_epochs=epochs + 1, accelerator="cpu", callbacks=callbacks, **QUIET)
-    trainer.fit(Module(copy.deepcopy(net)), batches)
+    trainer = Trainer(max_epochs=epochs + 1, accelerator="cpu", callbacks=callbacks, limit_val_batches=0, **QUIET)
+    trainer.fit(Module(copy.deepcopy(net)), batches, batches)
     return statistics.median(turns.ours[1:]), statistics.median(turns.theirs[1:])
 
 
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     net = load_net(chosen.net).train()
     images = torch.randn(chosen.batch * chosen.batches, 3, chosen.size, chosen.size)
-    batches = DataLoader(TensorDataset(images, torch.arange(len(images)) % 10), chosen.batch)
+    batches = DataLoader(TensorDataset(images, torch.arange(len(images)) % 2), chosen.batch)
     console, rows = Console(stderr=True), {}
     for phase, freeze in PHASES.items():
         with console.status(f"{phase}: {chosen.epochs} epochs of each"):

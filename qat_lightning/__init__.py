@@ -15,7 +15,7 @@ from qat_lightning.errors import (
     UnsupportedModelError,
 )
 from qat_lightning.evaluation import Sensitivity, measure_sensitivity
-from qat_lightning.export import export_onnx
+from qat_lightning.export import export_executorch, export_onnx
 from qat_lightning.fallback import quantize_within
 from qat_lightning.plan import Call
 from qat_lightning.recipe import QAT, AdaRound, DynamicPTQ, LayerOverride, StaticPTQ, When
@@ -47,6 +47,7 @@ __all__ = [
     "calibrate",
     "convert",
     "equalize",
+    "export_executorch",
     "export_onnx",
     "load_float_weights",
     "load_quantized",

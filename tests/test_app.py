@@ -18,6 +18,7 @@ from qat_lightning.errors import ArtifactError, ConfigurationError, Quantization
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["debug=fast", "trainer.accelerator=cpu"]
+SMALL = ["model.net.depth=8"]
 CONTRACT = {"recipe", "flow", "backend", "model", "data", "torch", "cpu", "quantized_modules", "float", "int8", "parity"}
 
 
@@ -28,16 +29,11 @@ def run_app(folder, *overrides):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         # A sweep's own mode would win over a default, not over an override.
         mode = [] if any(override.startswith("hydra.mode=") for override in overrides) else ["hydra.mode=RUN"]
-        cfg = compose("config", [*QUICK, *overrides, *mode, *hydra], return_hydra_config=True)
+        small = [] if any(override.split("=")[0] in ("model", "model._target_") for override in overrides) else SMALL
+        cfg = compose("config", [*QUICK, *small, *overrides, *mode, *hydra], return_hydra_config=True)
     HydraConfig.instance().cfg = None
     HydraConfig.instance().set_config(cfg)
     return run(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
-
-
-def train(folder, *overrides, **environment):
-    """Run ``python train.py`` as a user does, from another folder."""
-    command = [sys.executable, str(ROOT / "train.py"), "debug=fast", "trainer.accelerator=cpu", f"hydra.run.dir={folder}/run", *overrides]
-    return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
 def read_report(folder):
@@ -94,8 +90,8 @@ def test_sensitivity_and_fallback_from_the_command_line(tmp_path):
     assert (fallback["metric"], fallback["kept"], fallback["met"]) == ("val/acc", [], True)
     sensitivity = json.loads((tmp_path / "sensitivity.json").read_text())
     assert sensitivity["metric"] is None
-    assert len(sensitivity["layers"]) == fallback["layers"] == 22
-    assert "| net.blocks.7.body.3 |" in (tmp_path / "sensitivity.md").read_text()
+    assert len(sensitivity["layers"]) == fallback["layers"] == 10
+    assert "| net.blocks.2.body.3 |" in (tmp_path / "sensitivity.md").read_text()
     assert (tmp_path / "sensitivity.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
 
 
@@ -235,18 +231,21 @@ def test_weights_of_another_shape(float_run, tmp_path):
         run_app(tmp_path / "run", f"ckpt_path={tmp_path}/w")
 
 
-def test_command_line_with_a_module_of_the_current_folder(tmp_path):
+def test_command_line_with_a_module_of_the_current_folder(tmp_path, programs):
     (tmp_path / "own.py").write_text("from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))\n")
     own = ["model.net={_target_: own.net}", "trainer.max_epochs=0"]
-    refused = train(tmp_path, *own)
+    line = [ROOT / "train.py", "debug=fast", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}/run", *own]
+    refused = programs.run(*line, cwd=tmp_path)
     assert refused.returncode == 1
     assert refused.stderr.startswith("ConfigurationError: `model.net._target_=own.net`")
     assert "'allowed_targets=[own]'" in refused.stderr and "Traceback" not in refused.stderr
-    assert "Traceback" in train(tmp_path, *own, HYDRA_FULL_ERROR="1").stderr
+    assert "Traceback" in programs.run(*line, cwd=tmp_path, HYDRA_FULL_ERROR="1").stderr
 
 
 def test_command_line_end_to_end(tmp_path):
-    finished = train(tmp_path, "+quant=ptq", "trainer.max_epochs=0", "logger=wandb", WANDB_MODE="offline")
+    settings = ["debug=fast", "trainer.accelerator=cpu", "trainer.max_epochs=0", "logger=wandb", f"hydra.run.dir={tmp_path}/run"]
+    command = [sys.executable, str(ROOT / "train.py"), "+quant=ptq", *settings]
+    finished = subprocess.run(command, cwd=tmp_path, env={**os.environ, "WANDB_MODE": "offline"}, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "run" / "report.md").read_text() in finished.stdout
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))

@@ -3,8 +3,7 @@ import math
 import os
 import pickle
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -78,7 +77,7 @@ def test_a_loaded_model_computes_the_same_bits(build, quantize, x, tmp_path):
     assert torch.equal(again(x), int8(x))
 
 
-def test_a_fresh_process_computes_the_same_bits(tmp_path):
+def test_a_fresh_process_computes_the_same_bits(tmp_path, programs):
     expected = {}
     for name in CASES.keys() - {"dynamic layer"}:
         build, quantize, x = CASES[name]
@@ -87,7 +86,8 @@ def test_a_fresh_process_computes_the_same_bits(tmp_path):
         torch.save(x, folder / "x.pt")
         (folder / "class").write_text(build.__name__)
         expected[folder] = int8(x)
-    subprocess.run([sys.executable, "-c", FRESH_PROCESS, *map(str, expected)], check=True)
+    finished = programs.run("-c", FRESH_PROCESS, *expected, cwd=Path(__file__).parents[1])
+    assert finished.returncode == 0, finished.stderr
     assert all(torch.equal(torch.load(folder / "y.pt"), y) for folder, y in expected.items())
 
 

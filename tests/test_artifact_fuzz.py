@@ -16,7 +16,7 @@ from tests.mutations import MUTATIONS
 from tests.test_artifact import CASES
 
 
-@pytest.fixture(scope="module", params=["fx", "eager", "dynamic eager"])
+@pytest.fixture(scope="module", params=["fx", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("eager", "dynamic eager"))])
 def saved(request, tmp_path_factory):
     build, quantize, x = CASES[request.param]
     int8 = quantize(build().eval())

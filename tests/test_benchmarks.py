@@ -53,8 +53,24 @@ def test_a_tool_that_is_not_installed_has_a_row(images, capsys, monkeypatch):
     assert "| Other | not installed: no_such_package |" in capsys.readouterr().out
 
 
-def test_qat(tmp_path, capsys):
-    arguments = ["--seeds", "3", "--out", str(tmp_path), "--", "debug=fast", "trainer.accelerator=cpu", "quant.float_epochs=0"]
+@pytest.fixture
+def forked(programs, monkeypatch):
+    """The runs that a benchmark starts need not import PyTorch."""
+    monkeypatch.setattr("benchmarks.runs.subprocess.run", lambda command, cwd, **_: programs.run(*command[1:], cwd=cwd))
+
+
+def test_qat(tmp_path, capsys, forked):
+    arguments = [
+        "--seeds",
+        "3",
+        "--out",
+        str(tmp_path),
+        "--",
+        "debug=fast",
+        "trainer.accelerator=cpu",
+        "model.net.depth=8",
+        "quant.float_epochs=0",
+    ]
     qat.main(arguments)
     (row,) = json.loads((tmp_path / "qat.json").read_text())
     assert row["name"] == qat.DEFAULTS and 0 <= row["int8"][0] <= 100
@@ -64,12 +80,12 @@ def test_qat(tmp_path, capsys):
     assert not (tmp_path / "variant0-seed3" / "config.yaml").exists() and capsys.readouterr().out.count(qat.DEFAULTS) == 2
 
 
-def test_qat_that_fails_is_shown(tmp_path):
+def test_qat_that_fails_is_shown(tmp_path, forked):
     with pytest.raises(SystemExit, match=r"(?s)no_such.*status 1"):
         qat.main(["--out", str(tmp_path), "--", "no_such=1"])
 
 
-def test_dynamic(tmp_path, capsys):
+def test_dynamic(tmp_path, capsys, forked):
     dynamic.main(
         ["--seeds", "0", "--models", "lstm", "--backends", "x86", "--out", str(tmp_path), "--", "debug=fast", "trainer.accelerator=cpu"]
     )
@@ -85,4 +101,4 @@ def test_overhead(tmp_path, capsys):
     overhead.main([*arguments, "--json", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert list(rows) == list(overhead.PHASES) and all(row["callback"] > 0 < row["by hand"] for row in rows.values())
-    assert capsys.readouterr().out.count("\n") == 2 + len(rows)
+    assert "| both frozen |" in capsys.readouterr().out.splitlines()[-1]

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 PATIENCE = 120  # seconds: a deadlock fails
 
-pytestmark = pytest.mark.parametrize("flow", FLOWS)
+pytestmark = [pytest.mark.parametrize("flow", FLOWS), pytest.mark.first_flow]
 
 
 def run(*arguments, folder=ROOT):
@@ -33,12 +33,12 @@ def run(*arguments, folder=ROOT):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, thorough):
     """Where both processes have run, with what one process has found in ``single``."""
-    folder = tmp_path_factory.mktemp("ddp")
-    single = {flow: training(flow, checkpoint=folder / f"{flow}-single.ckpt")[0] for flow in FLOWS}
+    folder, flows = tmp_path_factory.mktemp("ddp"), FLOWS if thorough else ["fx"]
+    single = {flow: training(flow, checkpoint=folder / f"{flow}-single.ckpt")[0] for flow in flows}
     torch.save(single, folder / "single.pt")
-    finished = run(*TORCHRUN, "-m", "tests.two_processes", folder)
+    finished = run(*TORCHRUN, "-m", "tests.two_processes", folder, *flows)
     assert finished.returncode == 0, finished.stderr[-5000:]
     return folder
 

@@ -1,10 +1,7 @@
 """Every code block of the README runs."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,14 +30,14 @@ def test_set_up_commands_come_first():
 
 
 @pytest.mark.parametrize("code", PYTHON)
-def test_python_block(code, tmp_path):
+def test_python_block(code, tmp_path, programs):
     quiet = "import warnings\nwarnings.filterwarnings('ignore')\n"
-    done = subprocess.run([sys.executable, "-c", quiet + code], cwd=tmp_path, env=_environment(), capture_output=True, text=True)
+    done = programs.run("-c", quiet + code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(command, tmp_path):
+def test_command(command, tmp_path, programs):
     _make_what_the_commands_name(tmp_path)
     words = shlex.split(command, comments=True)
     assert words[:2] == ["python", "train.py"]
@@ -48,7 +45,7 @@ def test_command(command, tmp_path):
     arguments = [*words[2:], *(["debug=fast"] if "trainer.max_epochs=0" not in words else ["logger=csv"])]
     if not any(word.startswith("model=") for word in words):
         arguments.append("model.net.depth=8")
-    done = subprocess.run([sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path, env=_environment(), capture_output=True, text=True)
+    done = programs.run(ROOT / "train.py", *arguments, cwd=tmp_path, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
 
 
@@ -67,10 +64,6 @@ def test_sample_output_has_the_report_of_today():
         "- kernels",
     )
     assert all(heading in sample[1] for heading in headings)
-
-
-def _environment():
-    return {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}
 
 
 def _make_what_the_commands_name(folder):

@@ -13,7 +13,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from qat_lightning import QAT, QuantizationCallback, When
-from tests.killed_run import CONTROLS, FEWER, KILLS, KINDS, STEPS
+from tests.killed_run import KINDS, STEPS, kills_of
 from tests.nets import Plain, fit
 from tests.test_averaging import Deterministic, Ordered
 
@@ -21,12 +21,12 @@ FLOWS = ("fx", "eager", "pt2e")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, thorough):
     """The folder of all runs, those that were killed and those that were not."""
     folder = tmp_path_factory.mktemp("runs")
     # No GPU: a process whose autograd has seen one cannot be forked.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.killed_run", str(folder)]
+    command = [sys.executable, "-m", "tests.killed_run", str(folder), *["--thorough"] * thorough]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
     (folder / "errors").write_text(done.stderr)
     return folder
@@ -51,10 +51,14 @@ def differences(one, other, name=""):
     return [] if one == other else [f"{name}: {one} and {other}"]
 
 
-CASES = [(kind, kill) for kind in KINDS for kill in (CONTROLS if kind in FEWER else KILLS)]
+CASES = [
+    pytest.param(kind, kill, id=f"{kind}-{kill}", marks=[] if kill in kills_of(kind, thorough=False) else pytest.mark.thorough)
+    for kind in KINDS
+    for kill in kills_of(kind)
+]
 
 
-@pytest.mark.parametrize(("kind", "kill"), CASES, ids=[f"{kind}-{kill}" for kind, kill in CASES])
+@pytest.mark.parametrize(("kind", "kill"), CASES)
 def test_a_killed_run_ends_where_the_whole_one_does(kind, kill, runs):
     whole, resumed = runs / kind / kill.saves, runs / kind / str(kill)
     assert (resumed / "killed").read_text() == str(-signal.SIGKILL)

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -76,7 +74,7 @@ def test_other_runtimes_compute_the_same_within_steps(runtime, steps, net, flow,
         assert (served(IMAGES[:size]) - int8(IMAGES[:size])).abs().max() <= (steps + 0.01) * step
 
 
-def test_a_fresh_process_needs_no_class(saved):
+def test_a_fresh_process_needs_no_class(saved, programs):
     int8, folder = saved
     script = f"""
 import torch
@@ -85,7 +83,7 @@ served = load_quantized({str(folder)!r}, runtime="torch")
 x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 print(served(x).flatten().tolist())
 """
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    found = programs.run("-c", script, cwd=folder.parent)
     assert json.loads(found.stdout) == int8(IMAGES).flatten().tolist()
 
 

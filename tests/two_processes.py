@@ -273,11 +273,11 @@ def everything(flow, folder):
     return found, callback
 
 
-def main(folder):
-    """Run everything in both flows, and save it by rank."""
+def main(folder, flows):
+    """Run everything in some flows, and save it by rank."""
     torch.set_num_threads(1)
     found = {}
-    for flow in FLOWS:
+    for flow in flows:
         found[flow], callback = everything(flow, folder)
     rank = dist.get_rank()
     dist.destroy_process_group()
@@ -287,4 +287,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

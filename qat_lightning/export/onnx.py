@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import ConfigurationError, UnsupportedModelError
 from qat_lightning.export import layers, operations, shapes
-from qat_lightning.export.graph import Grid, OnnxGraph, Value
+from qat_lightning.export.describing import describe
+from qat_lightning.export.graph import OnnxGraph, Value
 from qat_lightning.export.registry import find_translation
 from qat_lightning.files import write_atomically
-from qat_lightning.program.execution import returns_tensor, run_all
 from qat_lightning.program.nodes import Program
 
 __all__ = ["export_onnx", "layers", "operations", "program_to_onnx", "shapes"]
@@ -66,7 +66,7 @@ def program_to_onnx(program: Program, weights: Mapping[str, Tensor], tensors: Se
         import onnx
     except ImportError:
         raise ConfigurationError('ONNX export needs the package onnx: pip install "qat-lightning[onnx]".') from None
-    graph = OnnxGraph(program, {**weights, **program.constants}, _describe(program, weights, tensors))
+    graph = OnnxGraph(program, {**weights, **program.constants}, describe(program, weights, tensors))
     for index, spec in enumerate(program.inputs):
         graph.values[index] = replace(graph.described[index], name=_input_name(spec.name))
     for node in program.nodes:
@@ -111,28 +111,3 @@ def _info(onnx: Any, value: Value, position: str = "") -> Any:
 def _input_name(name: str) -> str:
     """Return the name of an input: ``args[0]`` becomes ``args_0``."""
     return "".join(letter if letter.isalnum() else "_" for letter in name).strip("_").replace("__", "_")
-
-
-def _describe(program: Program, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> dict[int, Value]:
-    """Run the program at two sizes and return what each tensor is; a dimension that is equal in both does not vary."""
-    numbers = [*range(len(program.inputs)), *(output for node in program.nodes if returns_tensor(node.op) for output in node.outputs)]
-    one = run_all(program, weights, tensors, numbers)
-    other = run_all(
-        program, weights, [_larger(tensor, spec.shape or ()) for tensor, spec in zip(tensors, program.inputs, strict=True)], numbers
-    )
-    return {number: _value(one[number], other[number]) for number in numbers}
-
-
-def _larger(tensor: Tensor, shape: Sequence[int | None]) -> Tensor:
-    """Return a tensor whose dimensions that may vary are longer by one."""
-    for axis, size in enumerate(shape):
-        if size is None:
-            tensor = torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
-    return tensor
-
-
-def _value(one: Tensor, other: Tensor) -> Value:
-    shape = tuple(size if size == also else None for size, also in zip(one.shape, other.shape, strict=True))
-    if one.is_quantized and one.dtype == torch.quint8:
-        return Value("", shape, torch.uint8, Grid(one.q_scale(), one.q_zero_point()))
-    return Value("", shape, torch.float32 if one.is_quantized else one.dtype)

@@ -1,0 +1,35 @@
+"""What the tensors of a program are: their shapes, dtypes and grids."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qat_lightning.export.graph import Grid, Value
+from qat_lightning.program.execution import returns_tensor, run_all
+from qat_lightning.program.nodes import Program
+
+
+def describe(program: Program, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> dict[int, Value]:
+    """Run the program at two sizes and return what each tensor is; a dimension that is equal in both does not vary."""
+    numbers = [*range(len(program.inputs)), *(output for node in program.nodes if returns_tensor(node.op) for output in node.outputs)]
+    one = run_all(program, weights, tensors, numbers)
+    other = run_all(
+        program, weights, [_larger(tensor, spec.shape or ()) for tensor, spec in zip(tensors, program.inputs, strict=True)], numbers
+    )
+    return {number: _value(one[number], other[number]) for number in numbers}
+
+
+def _larger(tensor: Tensor, shape: Sequence[int | None]) -> Tensor:
+    """Return a tensor whose dimensions that may vary are longer by one."""
+    for axis, size in enumerate(shape):
+        if size is None:
+            tensor = torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
+    return tensor
+
+
+def _value(one: Tensor, other: Tensor) -> Value:
+    shape = tuple(size if size == also else None for size, also in zip(one.shape, other.shape, strict=True))
+    if one.is_quantized and one.dtype == torch.quint8:
+        return Value("", shape, torch.uint8, Grid(one.q_scale(), one.q_zero_point()))
+    return Value("", shape, torch.float32 if one.is_quantized else one.dtype)
