@@ -6,6 +6,9 @@ Quantizes with 256 training images and counts, for the test images, by how many 
 """
 
 import argparse
+import importlib.util
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import Case, add_case_arguments, case_of
-from qat_lightning import StaticPTQ, calibrate, convert, prepare, refine
+from qat_lightning import StaticPTQ, calibrate, convert, export_executorch, prepare, refine
 from qat_lightning.export import program_to_onnx
 from qat_lightning.program import compile_program
 from qat_lightning.recorded import record_program
@@ -36,6 +39,21 @@ def row(name: str, native: Tensor, other: Tensor, labels: Tensor, scale: float) 
     return f"| {name} | {int(steps.max())} | {steps.mean():.3f} | {100 * within:.1f} | {100 * same:.2f} | {100 * top1:.2f} |"
 
 
+def open_executorch(int8: torch.nn.Module, image: Tensor, path: Path) -> Run:
+    """Return a function that runs an int8 module in ExecuTorch, image by image."""
+    print(f"ExecuTorch: {export_executorch(int8, path, image).stat().st_size} bytes", file=sys.stderr)
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
+
+    def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        assert program is not None  # the method lives as long as its program
+        return (torch.cat([method.execute([one[None]])[0].clone() for one in tensors[0]]),)
+
+    return run
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen.onnx.write_bytes(content)
     runs: dict[str, Run] = {"torch": compile_program(recorded.program, recorded.weights)}
     runs |= {name: open_onnx(name, content) for name in installed_runtimes() if name != "torch"}
+    if importlib.util.find_spec("executorch") is not None:
+        runs["executorch"] = open_executorch(int8, case.calibration[0][:1], Path(tempfile.mkdtemp(), "model.pte"))
     with torch.inference_mode():
         native, scale = case.run(int8, "native int8")[0], output_scale(case, int8)
         print("| runtime | most steps | mean steps | images within one step (%) | same top-1 (%) | top-1 |\n|---|---|---|---|---|---|")
