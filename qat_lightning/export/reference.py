@@ -19,6 +19,10 @@ from qat_lightning.program.nodes import Cpu, Node, Packed, Program, Ref, Weight
 
 LOW, HIGH = -128, 127
 OFFSET = 128
+_MOVING = (
+    *("flatten", "view", "reshape", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "contiguous", "clone", "dropout"),
+    *("slice", "select", "narrow", "channel_shuffle", "pixel_shuffle", "max_pool1d", "max_pool2d"),
+)
 _WEIGHT = "aten::_make_per_"
 _OF_TWO = ("add", "sub", "mul", "floor_divide", "div")
 _NUMBERS: dict[str, Callable[..., Any]] = {
@@ -45,7 +49,10 @@ class _Integers:
 
     @classmethod
     def of(cls, result: Tensor, grid: Grid) -> "_Integers":
-        where = (grid.scale, grid.zero_point - OFFSET, LOW, HIGH, torch.int8)
+        return cls.at(result, (grid.scale, grid.zero_point - OFFSET, LOW, HIGH, torch.int8))
+
+    @classmethod
+    def at(cls, result: Tensor, where: "tuple[float, int, int, int, torch.dtype]") -> "_Integers":
         return cls(torch.ops.quantized_decomposed.quantize_per_tensor.default(result, *where), where)
 
     def dequantize(self) -> Tensor:
@@ -105,10 +112,13 @@ class ReferenceModule(nn.Module):
             if node.op.startswith(_WEIGHT):
                 values[node.outputs[0]] = self._weight(node.args[0].tensor)
                 continue
+            if node.op.startswith("aten::dequantize"):
+                values[node.outputs[0]] = values[node.args[0].value]
+                continue
             results = self._compute(node, [self._resolve(argument, values) for argument in node.args])
             for number, result in zip(node.outputs, results, strict=True):
                 grid = self.grids.get(number)
-                values[number] = result if grid is None else _Integers.of(result, grid)
+                values[number] = _moved(node, result, values) if grid is None else _Integers.of(result, grid)
         return tuple(self._resolve(Ref(number), values) for number in self.program.outputs)
 
     def _resolve(self, argument: Any, values: Mapping[int, Any]) -> Any:
@@ -145,7 +155,7 @@ class ReferenceModule(nn.Module):
         name, _, overload = rest.partition(".")
         if namespace == "quantized":
             return [self._quantized(node, name, args)]
-        if name in ("quantize_per_tensor", "dequantize"):
+        if name == "quantize_per_tensor":
             return args[:1]
         if name == "ListUnpack":
             return args[0]  # type: ignore[no-any-return]
@@ -211,6 +221,13 @@ class ReferenceModule(nn.Module):
         if name == "linear":
             return F.linear(x, weight, bias)
         return _CONVOLUTIONS[name](x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def _moved(node: Node, result: Any, values: Mapping[int, Any]) -> Any:
+    """Return what an operator that only moves numbers gives, on the grid that they had: XNNPACK moves integers, and rounds no numbers."""
+    given = values.get(node.args[0].value) if node.args and isinstance(node.args[0], Ref) else None
+    name = node.op.partition("::")[2].partition(".")[0]
+    return _Integers.at(result, given.where) if name in _MOVING and isinstance(given, _Integers) else result
 
 
 def _users(program: Program, number: int) -> list[Node]:
