@@ -6,6 +6,7 @@ Torch is imported once, and every run is a fork: `python -m tests.killed_run FOL
 import gc
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -39,6 +40,9 @@ class Kill:
     def __str__(self):
         return f"{self.saves}-{self.hook}-{self.step}"
 
+
+# PyTorch's thread pool does not survive every fork ("Invalid thread pool!"), and aborts: that says nothing of the run.
+ATTEMPTS = 3
 
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
 # Before, at and after each moment of the schedule (7, 13, 20), each checkpoint (every third step) and each end of an epoch (7, 14, 21).
@@ -219,10 +223,16 @@ def sweep(kind, folder, kills):
     gc.freeze()
     for kill in kills:
         run = folder / str(kill)
-        run.mkdir()
-        ended = end(launch(train, kind, run, kill.saves, kill=kill))
+        ended = -signal.SIGABRT
+        for _ in range(ATTEMPTS):
+            if ended == -signal.SIGABRT:
+                shutil.rmtree(run, ignore_errors=True)
+                run.mkdir()
+                ended = end(launch(train, kind, run, kill.saves, kill=kill))
         (run / "killed").write_text(str(ended))
-        end(launch(train, kind, run, kill.saves, resume=True))
+        for _ in range(ATTEMPTS):
+            if end(launch(train, kind, run, kill.saves, resume=True)) != -signal.SIGABRT:
+                break
 
 
 def main(folder, thorough):

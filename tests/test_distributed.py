@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 PATIENCE = 120  # seconds: a deadlock fails
 
-pytestmark = [pytest.mark.parametrize("flow", FLOWS), pytest.mark.first_flow, pytest.mark.xdist_group("distributed")]
+pytestmark = [pytest.mark.parametrize("flow", FLOWS), pytest.mark.first_flow]
 
 
 def run(*arguments, folder=ROOT):

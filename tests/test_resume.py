@@ -19,8 +19,6 @@ from tests.test_averaging import Deterministic, Ordered
 
 FLOWS = ("fx", "eager", "pt2e")
 
-pytestmark = pytest.mark.xdist_group("resume")
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, thorough):
