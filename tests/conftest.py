@@ -32,7 +32,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         flows[what_is_tested(item)].add(flow_of(item))
     kept = [item for item in items if not item.get_closest_marker("thorough") and flow_of(item) == chosen(item, flows)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in {*kept}])
+    keeping = {*kept}
+    config.hook.pytest_deselected(items=[item for item in items if item not in keeping])
     items[:] = kept
 
 

@@ -211,6 +211,22 @@ def end(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def end_unless_aborted(function, *args, **kwargs):
+    """Run a function in a fork, and again where PyTorch has aborted it; return how the last one ended."""
+    for _ in range(ATTEMPTS):
+        ended = end(launch(function, *args, **kwargs))
+        if ended != -signal.SIGABRT:
+            break
+    return ended
+
+
+def train_anew(kind, folder, kill):
+    """Train in a folder that holds nothing of an attempt before, until killed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    train(kind, folder, kill.saves, kill=kill)
+
+
 def sweep(kind, folder, kills):
     """Train whole runs of a kind, then kill and resume others."""
     for saves in dict.fromkeys(kill.saves for kill in kills):
@@ -223,16 +239,9 @@ def sweep(kind, folder, kills):
     gc.freeze()
     for kill in kills:
         run = folder / str(kill)
-        ended = -signal.SIGABRT
-        for _ in range(ATTEMPTS):
-            if ended == -signal.SIGABRT:
-                shutil.rmtree(run, ignore_errors=True)
-                run.mkdir()
-                ended = end(launch(train, kind, run, kill.saves, kill=kill))
+        ended = end_unless_aborted(train_anew, kind, run, kill)
         (run / "killed").write_text(str(ended))
-        for _ in range(ATTEMPTS):
-            if end(launch(train, kind, run, kill.saves, resume=True)) != -signal.SIGABRT:
-                break
+        end_unless_aborted(train, kind, run, kill.saves, resume=True)
 
 
 def main(folder, thorough):

@@ -84,6 +84,7 @@ x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 print(served(x).flatten().tolist())
 """
     found = programs.run("-c", script, cwd=folder.parent)
+    assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout) == int8(IMAGES).flatten().tolist()
 
 

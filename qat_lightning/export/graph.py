@@ -161,7 +161,12 @@ class OnnxGraph:
     def layer_weight(self, layer: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return integers, scale per output channel, and bias of a packed layer."""
         packed = self.program.layers[layer]
-        weight = quantized_weight(self.weights, packed.weight)
-        per_channel = weight.qscheme() == torch.per_channel_affine
-        scale = weight.q_per_channel_scales() if per_channel else torch.full((weight.shape[0],), weight.q_scale())
-        return weight.int_repr(), scale.float(), None if packed.bias is None else self.weights[packed.bias]
+        bias = None if packed.bias is None else self.weights[packed.bias]
+        return *integers_and_scales(quantized_weight(self.weights, packed.weight)), bias
+
+
+def integers_and_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the integers of a quantized weight, and a scale for each output channel."""
+    per_channel = weight.qscheme() == torch.per_channel_affine
+    scale = weight.q_per_channel_scales() if per_channel else torch.full((weight.shape[0],), weight.q_scale())
+    return weight.int_repr(), scale.float()

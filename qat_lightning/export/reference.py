@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_lightning.errors import UnsupportedModelError
-from qat_lightning.export.graph import Grid
+from qat_lightning.export.graph import Grid, integers_and_scales
 from qat_lightning.program.execution import quantized_weight
 from qat_lightning.program.nodes import Cpu, Node, Packed, Program, Ref, Weight
 
@@ -83,10 +83,7 @@ class ReferenceModule(nn.Module):
         for name in _names_of_tensors(program):
             self._keep(name, everything[name])
         for name, layer in program.layers.items():
-            weight = quantized_weight(weights, layer.weight)
-            per_channel = weight.qscheme() == torch.per_channel_affine
-            scale = weight.q_per_channel_scales() if per_channel else torch.tensor(weight.q_scale())
-            self._keep_weight(name, weight.int_repr(), scale)
+            self._keep_weight(name, *integers_and_scales(quantized_weight(weights, layer.weight)))
         for node in program.nodes:
             if node.op.startswith(_WEIGHT):
                 name, scale = node.args[0].tensor, node.args[1]
