@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qat_lightning import QAT, QuantizationCallback, When
 from qat_lightning.benchmark.worker import load_net
+from qat_lightning.deprecation import quiet
 
 LEARNING_RATE = 1e-3
 PHASES: dict[str, When | None] = {"observers and BatchNorm learn": None, "both frozen": When(fraction=0.0)}
@@ -65,8 +66,7 @@ class HandWritten:
 
         self.batches = batches
         images = next(iter(batches))[0]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(is deprecated|will be deprecated)")
+        with quiet():
             self.net = prepare_qat_fx(copy.deepcopy(net).train(), ao.get_default_qat_qconfig_mapping("x86"), (images,))
         self.net(images)  # ranges, before they freeze
         if frozen:
