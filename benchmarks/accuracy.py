@@ -128,6 +128,7 @@ def rows(case: Case, backends: Sequence[str], peers: Sequence[Peer], ablation: b
         found.append(case.measure("... without bias correction", lambda: ours(case, refined=False)))
         found.append(case.measure("... nor histogram, minima and maxima", lambda: ours(case, refined=False, observer="minmax")))
         found.append(case.measure("... one weight scale per tensor", lambda: ours(case, per_channel=False)))
+        found.append(case.measure("... weights of 7 bits", lambda: ours(case, weight_bits=7)))
     for peer in peers:
         if any(importlib.util.find_spec(package) is None for package in peer.packages):
             found.append(Row(peer.name, remark=f"not installed: {', '.join(peer.packages)}"))

@@ -60,17 +60,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_case_arguments(parser)
     parser.add_argument("--backend", default="x86")
     parser.add_argument("--flow", default="fx")
+    parser.add_argument("--weight-bits", type=int, default=8)
     parser.add_argument("--onnx", type=Path, help="write the ONNX file here, too")
     chosen = parser.parse_args(arguments)
     case = case_of(chosen)
-    prepared = calibrate(prepare(case.net, StaticPTQ(backend=chosen.backend, flow=chosen.flow)), case.calibration)
+    prepared = calibrate(
+        prepare(case.net, StaticPTQ(backend=chosen.backend, flow=chosen.flow, weight_bits=chosen.weight_bits)), case.calibration
+    )
     int8 = convert(refine(prepared, case.calibration))
     recorded = record_program(int8)
     content = program_to_onnx(recorded.program, recorded.weights, recorded.tensors)
     if chosen.onnx:
         chosen.onnx.write_bytes(content)
     runs: dict[str, Run] = {"torch": compile_program(recorded.program, recorded.weights)}
-    runs |= {name: open_onnx(name, content) for name in installed_runtimes() if name != "torch"}
+    runs |= {name: open_onnx(name, content, bits=chosen.weight_bits) for name in installed_runtimes() if name != "torch"}
     if importlib.util.find_spec("executorch") is not None:
         runs["executorch"] = open_executorch(int8, case.calibration[0][:1], Path(tempfile.mkdtemp(), "model.pte"))
     with torch.inference_mode():

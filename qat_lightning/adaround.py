@@ -62,7 +62,7 @@ def _learn(problem: "_Problem", settings: AdaRound) -> Tensor:
     unit = problem.error(problem.nearest).mean().clamp(min=SMALLEST_ERROR)
     for step in range(settings.iterations):
         up = (torch.sigmoid(alpha) * (high - low) + low).clamp(0, 1)
-        loss = problem.error((down + up).clamp(-127, 127)).mean() / unit
+        loss = problem.error((down + up).clamp(*problem.steps)).mean() / unit
         progress = step / settings.iterations
         if progress >= WARM_UP:
             phase = (progress - WARM_UP) / (1 - WARM_UP)
@@ -71,7 +71,7 @@ def _learn(problem: "_Problem", settings: AdaRound) -> Tensor:
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return (down + (alpha.detach() >= 0)).clamp(-127, 127)
+    return (down + (alpha.detach() >= 0)).clamp(*problem.steps)
 
 
 def _file(case: LayerCase, problem: "_Problem", settings: AdaRound) -> Path | None:
@@ -100,7 +100,9 @@ class _Problem:
         self.groups = x.shape[0]
         scale = layer.weight_fake_quant.scale.reshape(-1, *[1] * (weight.dim() - 1)).expand_as(weight)
         self.scale, self.position = self._grouped(scale), self._grouped(weight / scale)
-        self.nearest = self.position.round().clamp(-127, 127)
+        largest = layer.weight_fake_quant.integer_range[1]
+        self.steps = (-largest, largest)
+        self.nearest = self.position.round().clamp(*self.steps)
         bias = torch.zeros(weight.shape[0]) if layer.bias is None else layer.bias.detach()
         self.bias = bias.reshape(self.groups, 1, -1)
 

@@ -29,6 +29,20 @@ SMALLEST_SCALE = torch.finfo(torch.float32).eps
 INT32_MAX = torch.iinfo(torch.int32).max
 
 
+def weight_limits(bits: int) -> tuple[int, int]:
+    """Return the smallest and the largest integer of a weight; the scale puts the largest magnitude on the latter.
+
+    The smallest is stored too, though only a weight that grew after its range was frozen gets there.
+    """
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def weight_bits(integers: Tensor) -> int:
+    """Return the value range, 7 or 8 bits, that int8 integers of any shape need."""
+    low, high = weight_limits(7)
+    return 7 if integers.numel() == 0 or (low <= int(integers.min()) and int(integers.max()) <= high) else 8
+
+
 @dataclass(frozen=True)
 class QParams:
     """Scale, zero point and integer range of one tensor.

@@ -17,9 +17,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from qat_lightning.affine import weight_limits
 from qat_lightning.deprecation import quiet
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.recipe import ACTIVATION_BITS, BACKENDS, BackendName, check_choice
+from qat_lightning.recipe import ACTIVATION_BITS, BACKENDS, WEIGHT_BITS, BackendName, check_choice
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -38,14 +39,17 @@ class Kernel:
     Args:
         engine: the engine that packs the layer's weights.
         activation_bits: value range of the layer's input, 8 or 7 bits.
+        weight_bits: value range of the layer's weights, 8 or 7 bits.
     """
 
     engine: BackendName
     activation_bits: int
+    weight_bits: int = 8
 
     def __post_init__(self) -> None:
-        """Check the value range."""
+        """Check the value ranges."""
         check_choice("activation_bits", self.activation_bits, ACTIVATION_BITS)
+        check_choice("weight_bits", self.weight_bits, WEIGHT_BITS)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,9 @@ def engine(name: str) -> Iterator[None]:
         torch.backends.quantized.engine = previous
 
 
-def choose_kernel(backend: BackendName, shape: LayerShape | None, activation_bits: int | Literal["auto"], per_channel: bool) -> Kernel:
+def choose_kernel(
+    backend: BackendName, shape: LayerShape | None, activation_bits: int | Literal["auto"], per_channel: bool, weight_bits: int = 8
+) -> Kernel:
     """Return the engine and value range for a layer: full 8 bits wherever some kernel computes them right.
 
     Args:
@@ -118,45 +124,48 @@ def choose_kernel(backend: BackendName, shape: LayerShape | None, activation_bit
         shape: the layer; None for one that has no probe and is left to the backend.
         activation_bits: 7 or 8 are taken as they are, on the backend's own kernel; ``"auto"`` probes.
         per_channel: whether the layer's weights have one scale per output channel.
+        weight_bits: 7 or 8.
     """
     if activation_bits != "auto":
-        return Kernel(backend, activation_bits)
+        return Kernel(backend, activation_bits, weight_bits)
     if shape is None:
-        return Kernel(backend, 8)
+        return Kernel(backend, 8, weight_bits)
     candidates = (backend, *(name for name in FALLBACK_ENGINES if name != backend and name in supported_backends()))
     for candidate in candidates:
-        error = kernel_error(candidate, shape, 8, per_channel)
+        kernel = Kernel(candidate, 8, weight_bits)
+        error = kernel_error(kernel, shape, per_channel)
         if error is not None and error <= 1:
-            return Kernel(candidate, 8)
-    return Kernel(backend, 7)
+            return kernel
+    return Kernel(backend, 7, weight_bits)
 
 
 @functools.cache
-def kernel_error(engine_name: BackendName, shape: LayerShape, activation_bits: int, per_channel: bool) -> int | None:
-    """Return how many quantization steps the engine's kernel is off at extreme inputs; None if it cannot run the layer.
+def kernel_error(kernel: Kernel, shape: LayerShape, per_channel: bool) -> int | None:
+    """Return how many quantization steps the kernel is off at extreme inputs; None if it cannot run the layer.
 
     Every weight is at an end of its range and every input at the top of its range, which is where sums of products overflow.
     """
-    x, weight = _extreme_values(shape, activation_bits)
+    x, weight = _extreme_values(shape, kernel)
     with torch.inference_mode(), quiet():
         sums = _reference(shape, x.double(), weight.double())
         scale = float(sums.abs().max()) / 127
         expected = torch.round(sums / scale) + 128
         try:
-            with engine(engine_name):
+            with engine(kernel.engine):
                 got = _run_kernel(shape, x, weight, per_channel, scale)
         except RuntimeError:
             return None
     return int((got - expected).abs().max())
 
 
-def _extreme_values(shape: LayerShape, activation_bits: int) -> tuple[Tensor, Tensor]:
+def _extreme_values(shape: LayerShape, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """Return an input at the top of its range and weights at both ends of theirs, by output channel."""
-    weight = torch.full((shape.out_channels, shape.in_channels // shape.groups, *shape.kernel_size), 127.0)
-    weight[::2] = -127.0
+    _, largest = weight_limits(kernel.weight_bits)
+    weight = torch.full((shape.out_channels, shape.in_channels // shape.groups, *shape.kernel_size), float(largest))
+    weight[::2] = -largest
     # Engines pick some kernels only from a few rows and columns on, hence twice the receptive field.
     spatial = tuple(2 * d * (size - 1) + 2 for size, d in zip(shape.kernel_size, shape.dilation, strict=True))
-    return torch.full((1, shape.in_channels, *spatial), float(2**activation_bits - 1)), weight
+    return torch.full((1, shape.in_channels, *spatial), float(2**kernel.activation_bits - 1)), weight
 
 
 def _reference(shape: LayerShape, x: Tensor, weight: Tensor) -> Tensor:

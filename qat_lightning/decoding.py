@@ -5,7 +5,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -34,7 +34,7 @@ def decode(kind: type[T], values: Any, path: str = "") -> T:
 
     Args:
         kind: a dataclass of primitives, ``X | None``, ``Literal``, ``tuple[X, ...]``, ``Mapping[str, X]`` and dataclasses of these.
-        values: its fields by name, none missing and none besides.
+        values: its fields by name, none missing but those with a default, and none besides.
         path: where ``values`` lies, for messages.
 
     Raises:
@@ -99,10 +99,10 @@ def _decode_dataclass(kind: Any, value: Any, path: str) -> Any:
     for key in values:
         if key not in kinds:
             raise ValueError(f"`{_join(path, key)}` is no key that this version knows")
-    for name in kinds:
-        if name not in values:
-            raise ValueError(f"`{_join(path, name)}` is missing")
-    decoded = {name: _decode(inner, values[name], _join(path, name)) for name, inner in kinds.items()}
+    for field in fields(kind):
+        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"`{_join(path, field.name)}` is missing")
+    decoded = {name: _decode(inner, values[name], _join(path, name)) for name, inner in kinds.items() if name in values}
     try:
         return kind(**decoded)
     except ValueError as error:

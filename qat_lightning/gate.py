@@ -48,7 +48,7 @@ def _likely_cause(failed: LayerParity, plans: Mapping[str, Plan], floats: Mappin
             continue
         kernel, per_channel = plan.layers[layer].kernel, plan.layers[layer].per_channel
         shape = LayerShape.of(floats[target].get_submodule(layer))
-        error = None if shape is None else kernel_error(kernel.engine, shape, kernel.activation_bits, per_channel)
+        error = None if shape is None else kernel_error(kernel, shape, per_channel)
         if error is not None and error > 1:
             return (
                 f"Likely cause: the {kernel.engine} kernel of this layer saturates with {kernel.activation_bits}-bit inputs "

@@ -239,15 +239,16 @@ def _example_of(module: nn.Module, recipe: Recipe, name: str, example: Call | No
 def _plan_layer(layer: nn.Module, recipe: Recipe, override: LayerOverride) -> LayerPlan:
     per_channel = recipe.per_channel if override.per_channel is None else override.per_channel
     bits = recipe.activation_bits if override.activation_bits is None else override.activation_bits
+    weight_bits = recipe.weight_bits if override.weight_bits is None else override.weight_bits
     if override.engine is not None:
-        return LayerPlan(Kernel(override.engine, 8 if bits == "auto" else bits), per_channel, override.observer)
+        return LayerPlan(Kernel(override.engine, 8 if bits == "auto" else bits, weight_bits), per_channel, override.observer)
     if isinstance(recipe, DynamicPTQ):
         # The dynamic kernels choose the range of their inputs themselves: 7 bits, but for qnnpack.
         bits = 8 if recipe.backend == "qnnpack" or recipe.flow == "pt2e" else 7
         return LayerPlan(Kernel(recipe.backend, bits), per_channel and type(layer) not in RECURRENT)
     if recipe.flow == "pt2e":  # computes in float between grids, where nothing overflows
-        return LayerPlan(Kernel(recipe.backend, 8 if bits == "auto" else bits), per_channel, override.observer)
-    return LayerPlan(choose_kernel(recipe.backend, LayerShape.of(layer), bits, per_channel), per_channel, override.observer)
+        return LayerPlan(Kernel(recipe.backend, 8 if bits == "auto" else bits, weight_bits), per_channel, override.observer)
+    return LayerPlan(choose_kernel(recipe.backend, LayerShape.of(layer), bits, per_channel, weight_bits), per_channel, override.observer)
 
 
 def _setting(path: str, child: nn.Module, root: nn.Module, root_name: str, overrides: Mapping[OverrideKey, Any]) -> LayerOverride | None:

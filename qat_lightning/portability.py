@@ -112,4 +112,4 @@ def _saturates(layer: LayerPlan, shape: LayerShape | None) -> bool:
 
 
 def _error(layer: LayerPlan, shape: LayerShape) -> int | None:
-    return kernel_error(layer.kernel.engine, shape, layer.kernel.activation_bits, layer.per_channel)
+    return kernel_error(layer.kernel, shape, layer.per_channel)

@@ -20,6 +20,7 @@ BACKENDS: tuple[BackendName, ...] = ("x86", "fbgemm", "onednn", "qnnpack")
 EQUALIZATIONS: tuple[EqualizationName, ...] = ("weights", "activations")
 OBSERVERS: tuple[ObserverName, ...] = ("histogram", "minmax", "moving_average", "percentile", "entropy")
 ACTIVATION_BITS = (7, 8)
+WEIGHT_BITS = (7, 8)
 
 
 def check_choice(argument: str, value: object, allowed: Sequence[object]) -> None:
@@ -140,12 +141,14 @@ class LayerOverride:
     Args:
         per_channel: one weight scale per output channel (True) or one for the whole tensor (False).
         activation_bits: value range of the layer's input, 7 or 8 bits.
+        weight_bits: value range of its weights, 7 or 8 bits.
         engine: the engine whose kernel runs the layer, e.g. ``"qnnpack"``.
         observer: how calibration chooses the range of the layer's output, that of the operations fused with it.
     """
 
     per_channel: bool | None = None
     activation_bits: int | None = None
+    weight_bits: int | None = None
     engine: BackendName | None = None
     observer: ObserverName | None = None
 
@@ -155,6 +158,8 @@ class LayerOverride:
             _check_switch("per_channel", self.per_channel)
         if self.activation_bits is not None:
             check_choice("activation_bits", self.activation_bits, ACTIVATION_BITS)
+        if self.weight_bits is not None:
+            check_choice("weight_bits", self.weight_bits, WEIGHT_BITS)
         if self.engine is not None:
             check_choice("engine", self.engine, BACKENDS)
         if self.observer is not None:
@@ -178,6 +183,8 @@ class Recipe:
         fuse: eager flow only: the lists of module names to fuse, as in the PyTorch tutorials; None discovers them.
         activation_bits: value range of activations; ``"auto"`` gives each layer the full 8 bits with a kernel that was
             probed not to saturate, and 7 bits where this machine has none.
+        weight_bits: value range of weights. 7 is for processors without VNNI: the sums of no kernel overflow then, so that the fastest
+            can be taken, also with 8-bit activations.
         per_channel: one weight scale per output channel, where the layer's kernel can run it.
 
     Raises:
@@ -192,6 +199,7 @@ class Recipe:
     overrides: Overrides = field(default_factory=dict)
     fuse: Sequence[Sequence[str]] | None = None
     activation_bits: int | Literal["auto"] = "auto"
+    weight_bits: int = 8
     per_channel: bool = True
 
     def __post_init__(self) -> None:
@@ -199,6 +207,7 @@ class Recipe:
         check_choice("flow", self.flow, FLOWS)
         check_choice("backend", self.backend, BACKENDS)
         check_choice("activation_bits", self.activation_bits, ("auto", *ACTIVATION_BITS))
+        check_choice("weight_bits", self.weight_bits, WEIGHT_BITS)
         _check_switch("per_channel", self.per_channel)
         object.__setattr__(self, "overrides", MappingProxyType(_parse_overrides(self.overrides)))
         object.__setattr__(self, "fuse", _parse_fuse(self.fuse, self.flow))
@@ -324,9 +333,13 @@ class DynamicPTQ(Recipe):
         """Check the values."""
         super().__post_init__()
         _check_drop(self.max_accuracy_drop)
+        if self.weight_bits != 8:
+            raise ValueError(f"Expected argument `weight_bits` to be 8 in dynamic quantization, but got {self.weight_bits}.")
         for key, override in self.overrides.items():
             if isinstance(override, LayerOverride) and override.observer is not None:
                 raise ValueError(f"Expected no `observer` in `overrides[{key!r}]`: dynamic quantization measures ranges at each call.")
+            if isinstance(override, LayerOverride) and override.weight_bits is not None:
+                raise ValueError(f"Expected no `weight_bits` in `overrides[{key!r}]`: dynamic quantization has 8.")
 
 
 RECIPES: dict[str, type[Recipe]] = {recipe.name: recipe for recipe in (QAT, StaticPTQ, DynamicPTQ)}

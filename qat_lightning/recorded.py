@@ -142,7 +142,7 @@ def _kernels(owner: nn.Module) -> dict[str, Kernel]:
         plan = int8_plan_of(target)
         assert plan is not None
         for layer in get_flow(plan.flow).layers(target, plan):
-            kernels[f"{name}.{layer.layer}".strip(".")] = Kernel(cast(BackendName, layer.engine), layer.activation_bits)
+            kernels[f"{name}.{layer.layer}".strip(".")] = Kernel(cast(BackendName, layer.engine), layer.activation_bits, layer.weight_bits)
     return kernels
 
 

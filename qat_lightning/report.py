@@ -51,6 +51,7 @@ class LayerReport:
         layer: qualified name.
         engine: the engine whose kernel runs it.
         activation_bits: value range of its input.
+        weight_bits: value range of its weights.
         per_channel: one weight scale per output channel.
         scale: quantization step of its output; None where it has none (dynamic).
         zero_point: zero point of its output.
@@ -59,6 +60,7 @@ class LayerReport:
     layer: str
     engine: str
     activation_bits: int
+    weight_bits: int = 8
     per_channel: bool
     scale: float | None = None
     zero_point: int | None = None
@@ -256,6 +258,7 @@ class Report:
         counts: dict[str, int] = {}
         for layer in self.layers:
             kernel = f"{layer.engine} with {layer.activation_bits}-bit inputs"
+            kernel += "" if layer.weight_bits == 8 else f" and {layer.weight_bits}-bit weights"
             counts[kernel] = counts.get(kernel, 0) + 1
         return ", ".join(f"{count} x {kernel}" for kernel, count in counts.items()) or "none"
 

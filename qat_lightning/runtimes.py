@@ -30,13 +30,19 @@ def installed_runtimes() -> tuple[RuntimeName, ...]:
     return tuple(name for name in RUNTIMES if name == "torch" or importlib.util.find_spec(name) is not None)
 
 
-def saturates(runtime: RuntimeName) -> bool:
-    """Whether the int8 kernels of a runtime overflow on this processor: it computes something else than the model."""
-    return runtime == "openvino" and not _exact()
+def saturates(runtime: RuntimeName, bits: int) -> bool:
+    """Whether the int8 kernels of a runtime overflow on this processor, so that it computes something else than the model.
+
+    Args:
+        runtime: name of the runtime.
+        bits: value range of the weights; two products of 8-bit activations and 7-bit weights fit into 16 bits.
+    """
+    return runtime == "openvino" and not exact_products(bits)
 
 
-def _exact() -> bool:
-    return bool({*this_cpu().features} & {*EXACT_FEATURES})
+def exact_products(bits: int) -> bool:
+    """Whether sums of products of 8-bit activations and weights of so many bits are exact in the fastest kernels of this processor."""
+    return bits == 7 or bool({*this_cpu().features} & {*EXACT_FEATURES})
 
 
 def require_runtime(name: str) -> RuntimeName:
@@ -52,25 +58,26 @@ def require_runtime(name: str) -> RuntimeName:
     return name
 
 
-def open_onnx(runtime: RuntimeName, content: bytes, threads: int | None = None) -> Run:
+def open_onnx(runtime: RuntimeName, content: bytes, threads: int | None = None, bits: int = 8) -> Run:
     """Return a function that runs an ONNX model.
 
     Args:
         runtime: ``"onnxruntime"`` or ``"openvino"``.
         content: of the file.
         threads: at most; None: as many as torch uses.
+        bits: value range of the weights.
     """
     threads = torch.get_num_threads() if threads is None else threads
-    return _open_onnxruntime(content, threads) if runtime == "onnxruntime" else compile_openvino(content, threads)
+    return _open_onnxruntime(content, threads, bits) if runtime == "onnxruntime" else compile_openvino(content, threads)
 
 
-def _open_onnxruntime(content: bytes, threads: int) -> Run:
+def _open_onnxruntime(content: bytes, threads: int, bits: int) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    if not _exact():
+    if not exact_products(bits):
         options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from qat_lightning.affine import weight_bits
 from qat_lightning.backend import Kernel, LayerShape, cpu_name
 from qat_lightning.core import as_call
 from qat_lightning.errors import ArtifactError
@@ -90,10 +91,10 @@ def open_served(folder: Path, manifest: Manifest, runtime: str, example: Any) ->
         chosen, run = _fastest(folder, manifest, program, weights, example)
     else:
         run = _open(folder, manifest, program, weights, chosen)
-        if saturates(chosen):
+        if saturates(chosen, _bits(weights)):
             warnings.warn(
                 f"{folder}: the int8 kernels of {chosen} overflow on this CPU, which has none of VNNI and AMX: its outputs may be wrong. "
-                f'Use runtime="onnxruntime", runtime="torch" or runtime="auto", which does not.',
+                f'Use runtime="onnxruntime", runtime="torch" or runtime="auto", which does not, or quantize with weight_bits=7.',
                 stacklevel=3,
             )
     return ServedModel(program, run, chosen, manifest.entry)
@@ -132,9 +133,15 @@ def _fitted(program: Program, manifest: Manifest, weights: Mapping[str, Tensor])
     return replace(program, layers=moved), engine_notes(plan, fitted, shapes)
 
 
+def _bits(weights: Mapping[str, Tensor]) -> int:
+    """Return the value range of all weights."""
+    return max((weight_bits(tensor) for tensor in weights.values() if tensor.dtype == torch.int8), default=8)
+
+
 def _plan_of(layer: PackedLayer, weights: Mapping[str, Tensor]) -> LayerPlan:
-    scale = weights.get(f"{layer.weight}.scale")
-    return LayerPlan(Kernel(layer.engine, layer.activation_bits), per_channel=scale is not None and scale.dim() > 0)
+    scale, integers = weights.get(f"{layer.weight}.scale"), weights.get(f"{layer.weight}.int8")
+    bits = 8 if integers is None else weight_bits(integers)
+    return LayerPlan(Kernel(layer.engine, layer.activation_bits, bits), per_channel=scale is not None and scale.dim() > 0)
 
 
 def _shape(layer: PackedLayer, weights: Mapping[str, Tensor]) -> LayerShape | None:
@@ -160,7 +167,7 @@ def _open(folder: Path, manifest: Manifest, program: Program, weights: Mapping[s
             f'{folder} holds no ONNX model, which {runtime} needs: use runtime="torch", or save it anew with the package onnx.'
         )
     try:
-        return open_onnx(runtime, read_file(folder, *found))
+        return open_onnx(runtime, read_file(folder, *found), bits=_bits(weights))
     except ArtifactError:
         raise
     except Exception as error:  # runtimes raise types of their own
@@ -171,7 +178,9 @@ def _fastest(folder: Path, manifest: Manifest, program: Program, weights: Mappin
     """Return the fastest runtime; what was timed on this machine before, with inputs of this size, is not timed again."""
     tensors = example_tensors(program.inputs) if example is None else tensors_of(as_call(example), program.inputs, program.fixed)
     candidates: list[RuntimeName] = [
-        name for name in installed_runtimes() if name == "torch" or (manifest.file("model") is not None and not saturates(name))
+        name
+        for name in installed_runtimes()
+        if name == "torch" or (manifest.file("model") is not None and not saturates(name, _bits(weights)))
     ]
     machine, shapes = f"{cpu_name()}, {' '.join(candidates)}", tuple(tuple(tensor.shape) for tensor in tensors)
     this_case = (machine, torch.get_num_threads(), shapes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qat_lightning.decoding import parse_json
 from qat_lightning.errors import CheckpointError
 from qat_lightning.observers import follow_weights, measure_weights
-from qat_lightning.plan import Plan
+from qat_lightning.plan import LayerPlan, Plan
 from qat_lightning.zero_scales import lift_zero_scales
 
 PLAN_KEY = "quantization_plan"
@@ -161,7 +161,9 @@ def check_same(written: Plan, own: Plan, name: str) -> None:
 
 
 def _settings(plan: Plan) -> dict[str, str]:
-    return {
-        name: f"has {layer.kernel.activation_bits}-bit inputs and weights per {'channel' if layer.per_channel else 'tensor'}"
-        for name, layer in plan.layers.items()
-    }
+    return {name: _setting(layer) for name, layer in plan.layers.items()}
+
+
+def _setting(layer: LayerPlan) -> str:
+    per = "channel" if layer.per_channel else "tensor"
+    return f"has {layer.kernel.activation_bits}-bit inputs and {layer.kernel.weight_bits}-bit weights per {per}"

@@ -145,13 +145,10 @@ def log_sensitivity(loggers: Iterable[Logger], sensitivity: Sensitivity) -> None
 def layer_rows(report: Report) -> list[list[Any]]:
     """Return a row per quantized layer, in the columns of :data:`LAYER_COLUMNS`."""
     steps = {layer.layer: layer.max_steps for layer in report.parity or ()}
-    return [
-        [layer.layer, layer.engine, layer.activation_bits, layer.per_channel, layer.scale, layer.zero_point, steps.get(layer.layer)]
-        for layer in report.layers
-    ]
+    return [[*(getattr(layer, str(column)) for column in LAYER_COLUMNS[:-1]), steps.get(layer.layer)] for layer in report.layers]
 
 
-LAYER_COLUMNS: list[str | int] = ["layer", "engine", "activation_bits", "per_channel", "scale", "zero_point", "parity_steps"]
+LAYER_COLUMNS: list[str | int] = ["layer", "engine", "activation_bits", "weight_bits", "per_channel", "scale", "zero_point", "parity_steps"]
 
 
 def close(loggers: Iterable[Logger], failed: bool = False) -> None:

@@ -2,9 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from qat_lightning import QAT, ConfigurationError, StaticPTQ, calibrate, convert, measure_parity, prepare
-from qat_lightning.backend import LayerShape, check_backend, choose_kernel, cpu_name, engine, kernel_error, supported_backends
+from qat_lightning import QAT, ConfigurationError, DynamicPTQ, StaticPTQ, calibrate, convert, measure_parity, prepare
+from qat_lightning.backend import Kernel, LayerShape, check_backend, choose_kernel, cpu_name, engine, kernel_error, supported_backends
 from qat_lightning.core import int8_plan_of
+from qat_lightning.flows.torch_ao import kernel_modules
+from qat_lightning.observers import apply_phase
+from qat_lightning.schedule import IDLE, Phase
 
 LAYERS = {
     "linear": nn.Linear(64, 64),
@@ -20,10 +23,13 @@ LAYERS = {
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("backend", supported_backends())
 @pytest.mark.parametrize("per_channel", [True, False])
-def test_the_chosen_kernel_is_right_at_extreme_values(backend, layer, per_channel):
+@pytest.mark.parametrize("weight_bits", [7, 8])
+def test_the_chosen_kernel_is_right_at_extreme_values(backend, layer, per_channel, weight_bits):
     shape = LayerShape.of(layer)
-    kernel = choose_kernel(backend, shape, "auto", per_channel)
-    assert kernel_error(kernel.engine, shape, kernel.activation_bits, per_channel) <= 1
+    kernel = choose_kernel(backend, shape, "auto", per_channel, weight_bits)
+    assert kernel_error(kernel, shape, per_channel) <= 1
+    if weight_bits == 7:
+        assert kernel == Kernel(backend, 8, 7)  # no sum overflows, so that each backend can take its own kernels
 
 
 @pytest.mark.parametrize("backend", supported_backends())
@@ -46,6 +52,38 @@ def test_the_value_range_can_be_set(setting, bits):
     reference = convert(calibrate(prepare(net, StaticPTQ(activation_bits=8)), batches)).get_submodule("0").scale
     assert {layer.kernel.activation_bits for layer in int8_plan_of(int8).layers.values()} == {bits}
     assert scale / reference == pytest.approx(2 if bits == 7 else 1, rel=0.2)
+
+
+@pytest.mark.parametrize("flow", ["fx", "eager"])
+@pytest.mark.parametrize("recipe", [QAT, StaticPTQ])
+def test_weights_of_seven_bits_stay_within_them_also_when_they_grow(flow, recipe):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)).eval()
+    batches = [torch.randn(4, 1, 8, 8)]
+    prepared = prepare(net, recipe(flow=flow, weight_bits=7, overrides={"4": {"weight_bits": 8}}))
+    if recipe is StaticPTQ:
+        calibrate(prepared, batches)
+    else:
+        apply_phase(prepared, Phase(fake_quant=True, observers=True, bn_frozen=True))
+        prepared(batches[0])
+        apply_phase(prepared, IDLE)
+    with torch.no_grad():
+        for name, parameter in prepared.named_parameters():
+            if name.endswith("weight"):
+                parameter.mul_(1.5)  # as training does behind frozen ranges
+    int8 = convert(prepared)
+    assert max(entry.max_steps for entry in measure_parity(prepared, int8, batches)) <= 1
+    ends = {name.removeprefix("wrapped."): layer.weight().int_repr().aminmax() for name, layer in kernel_modules(int8)}
+    limits = {name: (int(low), int(high)) for name, (low, high) in ends.items()}
+    assert all(low >= -64 and high <= 63 for low, high in (limits["0"], limits["2"]))
+    assert {*limits["0"]} & {-64, 63} and max(map(abs, limits["4"])) > 64
+
+
+def test_dynamic_quantization_has_eight_bits():
+    with pytest.raises(ValueError, match="`weight_bits` to be 8 in dynamic"):
+        DynamicPTQ(weight_bits=7)
+    with pytest.raises(ValueError, match="no `weight_bits` in `overrides"):
+        DynamicPTQ(overrides={"fc": {"weight_bits": 7}})
 
 
 def test_a_layer_can_be_given_another_engine():

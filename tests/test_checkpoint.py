@@ -233,8 +233,8 @@ def test_nobody_is_locked_in(flow, tmp_path, caplog):
         (QAT(flow="eager"), {}, r"written by recipe 'qat', flow 'fx', backend 'x86', but 'net' is prepared by recipe 'qat', flow 'eager'"),
         (StaticPTQ(), {}, r"written by recipe 'qat', flow 'fx', backend 'x86' for 'net', which recipe 'ptq' here leaves in float"),
         ("dynamic", {}, "recipe 'dynamic' here leaves in float"),
-        (QAT(overrides={"fc": None}), {}, "'fc' has 8-bit inputs and weights per channel there and stays float here"),
-        (QAT(activation_bits=7), {}, "'conv1' has 8-bit inputs and weights per channel there and has 7-bit inputs"),
+        (QAT(overrides={"fc": None}), {}, "'fc' has 8-bit inputs and 8-bit weights per channel there and stays float here"),
+        (QAT(activation_bits=7), {}, "'conv1' has 8-bit inputs and 8-bit weights per channel there and has 7-bit inputs"),
         (QAT(), {"modules": ["net.conv1"]}, "for 'net'"),
     ],
 )

@@ -9,7 +9,7 @@ PLAN = {
     "recipe": "qat",
     "flow": "fx",
     "backend": "x86",
-    "layers": {"fc": {"kernel": {"engine": "x86", "activation_bits": 8}, "per_channel": True, "observer": None}},
+    "layers": {"fc": {"kernel": {"engine": "x86", "activation_bits": 8, "weight_bits": 7}, "per_channel": True, "observer": None}},
     "float_modules": ["head"],
     "fuse": None,
     "observer": None,
@@ -40,6 +40,11 @@ def test_a_plan_survives_json():
     plan = Plan.from_dict(PLAN)
     assert plan.float_modules == ("head",) and plan.layers["fc"].kernel.activation_bits == 8
     assert plan.to_dict() == {**PLAN, "float_modules": ("head",), "constants": ()}
+
+
+def test_what_an_earlier_version_has_not_written_has_its_default():
+    layers = {"fc": {"kernel": {"engine": "x86", "activation_bits": 8}, "per_channel": True, "observer": None}}
+    assert Plan.from_dict({**PLAN, "layers": layers}).layers["fc"].kernel.weight_bits == 8
 
 
 @pytest.mark.parametrize(

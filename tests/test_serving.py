@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -65,9 +66,9 @@ def test_torch_computes_the_same_bits_with_any_batch_size(flow, backend, tmp_pat
 def test_other_runtimes_compute_the_same_within_steps(runtime, steps, net, flow, tmp_path):
     torch.manual_seed(0)
     int8 = static(net(), flow=flow)
-    with pytest.warns(UserWarning, match="kernels of openvino overflow on this CPU.*VNNI") if saturates(runtime) else nullcontext():
+    with pytest.warns(UserWarning, match="kernels of openvino overflow on this CPU.*VNNI") if saturates(runtime, bits=8) else nullcontext():
         served = load_quantized(save_quantized(int8, tmp_path), runtime=runtime)
-    if saturates(runtime):
+    if saturates(runtime, bits=8):
         return  # it is wrong by tens of steps, as the warning says
     step = int8(IMAGES).unique().diff().min()
     for size in (1, 8):
@@ -92,7 +93,7 @@ def test_auto_takes_the_fastest_and_keeps_the_figures(saved):
     _, folder = saved
     served = load_quantized(folder)
     ((timing),) = read_manifest(folder)["timings"]
-    assert set(timing["milliseconds"]) == {name for name in RUNTIMES if not saturates(name)} and timing["shapes"] == [[1, 1, 8, 8]]
+    assert set(timing["milliseconds"]) == {name for name in RUNTIMES if not saturates(name, bits=8)} and timing["shapes"] == [[1, 1, 8, 8]]
     assert served.runtime == min(timing["milliseconds"], key=timing["milliseconds"].get)
     forced = read_manifest(folder)
     forced["timings"][0]["milliseconds"] = {"torch": 2.0, "onnxruntime": 1.0}
@@ -100,6 +101,20 @@ def test_auto_takes_the_fastest_and_keeps_the_figures(saved):
     assert load_quantized(folder).runtime == "onnxruntime"
     load_quantized(folder, example=IMAGES[:4])
     assert [timing["shapes"] for timing in read_manifest(folder)["timings"]] == [[[1, 1, 8, 8]], [[4, 1, 8, 8]]]
+
+
+def test_weights_of_seven_bits_need_no_processor_with_exact_sums(monkeypatch, tmp_path):
+    monkeypatch.setattr("qat_lightning.runtimes.this_cpu", lambda: Cpu(name="an old CPU", capability="AVX2", features=("avx2",)))
+    torch.manual_seed(0)
+    int8 = static(ModuleNet(), weight_bits=7)
+    folder = save_quantized(int8, tmp_path)
+    load_quantized(folder, example=IMAGES)
+    assert set(read_manifest(folder)["timings"][-1]["milliseconds"]) == {*RUNTIMES}
+    step = int8(IMAGES).unique().diff().min()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that of an overflow
+        for runtime in ("onnxruntime", "openvino"):
+            assert (load_quantized(folder, runtime=runtime)(IMAGES) - int8(IMAGES)).abs().max() <= 4.01 * step
 
 
 def test_auto_leaves_out_what_computes_something_else(saved, monkeypatch):

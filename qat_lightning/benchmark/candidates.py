@@ -12,8 +12,8 @@ from qat_lightning.artifact import load_quantized, save_quantized
 from qat_lightning.benchmark.peers import PEERS, Quantized
 from qat_lightning.core import calibrate, convert, prepare, refine
 from qat_lightning.evaluation import serialized_bytes
-from qat_lightning.plan import Call
 from qat_lightning.recipe import StaticPTQ
+from qat_lightning.runtimes import exact_products
 
 Make = Callable[[nn.Module, Sequence[Tensor]], Quantized]
 
@@ -42,11 +42,11 @@ def _float(compiled: bool) -> Make:
     return make
 
 
-def _ours(runtime: str | None, flow: str = "fx") -> Make:
+def _ours(runtime: str | None, weight_bits: int = 8) -> Make:
     """Return static quantization by this package; without a runtime the plain module."""
 
     def make(net: nn.Module, batches: Sequence[Tensor]) -> Quantized:
-        prepared = prepare(net, StaticPTQ(flow=flow), example=Call((batches[0],), {}))  # type: ignore[arg-type]
+        prepared = prepare(net, StaticPTQ(weight_bits=weight_bits))
         int8 = convert(refine(calibrate(prepared, batches), batches))
         if runtime is None:
             return Quantized(int8, serialized_bytes(int8))
@@ -67,10 +67,21 @@ CANDIDATES: Mapping[str, Candidate] = {
     "onnxruntime": Candidate("qat_lightning, ONNX Runtime", ("onnx", "onnxruntime"), _ours("onnxruntime"), ours=True),
     "openvino": Candidate("qat_lightning, OpenVINO", ("onnx", "openvino"), _ours("openvino"), ours=True),
     "auto": Candidate("qat_lightning, auto", ("onnx",), _ours("auto"), ours=True),
+    **{
+        f"{runtime}-7bit": Candidate(f"qat_lightning, {name}, 7-bit weights", packages, _ours(runtime, weight_bits=7), ours=True)
+        for runtime, name, packages in (
+            ("torch", "torch", ()),
+            ("onnxruntime", "ONNX Runtime", ("onnx", "onnxruntime")),
+            ("openvino", "OpenVINO", ("onnx", "openvino")),
+            ("auto", "auto", ("onnx",)),
+        )
+    },
     **{f"peer-{name}": Candidate(peer.name, peer.packages, peer.quantize) for name, peer in PEERS.items()},
 }
 """By the name on the command line."""
 DEFAULTS = (
     *("float", "plain", "torch", "onnxruntime", "openvino", "auto"),
+    # The peers give weights 7 bits of themselves where 8 overflow.
+    *(() if exact_products(bits=8) else ("auto-7bit",)),
     *("peer-torch-x86", "peer-torch-x86-traced", "peer-onnxruntime-minmax", "peer-nncf-openvino"),
 )

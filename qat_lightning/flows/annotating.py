@@ -192,7 +192,7 @@ class _Annotation:
             user.replace_all_uses_with(node)
             self.module.graph.erase_node(user)
             self.module.delete_submodule(str(user.target))
-        self.module.set_submodule(str(node.target), with_fake_quant(layer, planned.per_channel, norm))
+        self.module.set_submodule(str(node.target), with_fake_quant(layer, planned, norm))
         return node
 
     def _fits(self, layer: Any, norm: Any) -> bool:

@@ -294,7 +294,7 @@ def _set_qconfigs(module: nn.Module, plan: Plan) -> None:
         if name and _stays_float(name, plan):
             vars(child)["qconfig"] = None
     for name, layer in plan.layers.items():
-        vars(module.get_submodule(name))["qconfig"] = static_qconfig(plan, layer.per_channel)
+        vars(module.get_submodule(name))["qconfig"] = static_qconfig(plan, layer.per_channel, layer.kernel.weight_bits)
 
 
 def _add_stubs(module: nn.Module, plan: Plan) -> None:

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.affine import SMALLEST_SCALE, choose_qparams
+from qat_lightning.affine import SMALLEST_SCALE, choose_qparams, weight_limits
 from qat_lightning.flows.clipping import Limits
 from qat_lightning.histogram import BINS, merge, seen
 from qat_lightning.range_search import RangeSearch, entropy_range, least_squares_range, percentile_range
 
 ACTIVATION_MAX = 255
-WEIGHT_MIN, WEIGHT_MAX = -128, 127
 AVERAGING_CONSTANT = 0.01
 """Weight of a batch in a moving average of minima and maxima, the default of PyTorch's observers."""
 
@@ -164,16 +163,17 @@ class FakeQuantize(nn.Module):
 
 
 class WeightFakeQuantize(FakeQuantize):
-    """Symmetric fake-quant of weights: the scale puts the largest magnitude, of an output channel or of the tensor, on 127.
+    """Symmetric fake-quant of weights: the scale puts the largest magnitude, of an output channel or the tensor, on 127, with 7 bits on 63.
 
     Args:
         weight: whose scale it begins with; channels in the first dimension.
         per_channel: one scale per output channel.
+        bits: value range, 7 or 8.
     """
 
-    def __init__(self, weight: Tensor, per_channel: bool) -> None:
+    def __init__(self, weight: Tensor, per_channel: bool, bits: int) -> None:
         super().__init__(weight.shape[0] if per_channel else 1)
-        self.per_channel = per_channel
+        self.per_channel, self.integer_range = per_channel, weight_limits(bits)
         self.to(weight.device)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -183,22 +183,22 @@ class WeightFakeQuantize(FakeQuantize):
         if not self.fake_quant_enabled[0]:
             return weight
         if self.per_channel:
-            rounded = torch.fake_quantize_per_channel_affine(weight.float(), self.scale, self.zero_point, 0, WEIGHT_MIN, WEIGHT_MAX)
+            rounded = torch.fake_quantize_per_channel_affine(weight.float(), self.scale, self.zero_point, 0, *self.integer_range)
         else:
-            rounded = torch.fake_quantize_per_tensor_affine(weight.float(), self.scale, self.zero_point, WEIGHT_MIN, WEIGHT_MAX)
+            rounded = torch.fake_quantize_per_tensor_affine(weight.float(), self.scale, self.zero_point, *self.integer_range)
         return rounded.to(weight.dtype)
 
     def measure(self, weight: Tensor) -> None:
         """Set the scale for ``weight``."""
         magnitudes = weight.detach().float().abs()
         largest = magnitudes.flatten(1).amax(1) if self.per_channel else magnitudes.amax().reshape(1)
-        self.scale.copy_((largest / WEIGHT_MAX).clamp(min=SMALLEST_SCALE))
+        self.scale.copy_((largest / self.integer_range[1]).clamp(min=SMALLEST_SCALE))
 
     def integers(self, weight: Tensor) -> Tensor:
         """Return the int8 integers of ``weight``, in its shape."""
         scale = self.scale.reshape(-1, *[1] * (weight.dim() - 1))
         # As PyTorch's kernels do it: multiplied by the reciprocal.
-        return torch.round(weight.detach().float() * (1.0 / scale)).clamp(WEIGHT_MIN, WEIGHT_MAX).to(torch.int8)
+        return torch.round(weight.detach().float() * (1.0 / scale)).clamp(*self.integer_range).to(torch.int8)
 
 
 class ActivationFakeQuantize(FakeQuantize):

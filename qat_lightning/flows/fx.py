@@ -157,6 +157,11 @@ def plan_per_channel(plan: Plan) -> bool:
     return all(layer.per_channel for layer in plan.layers.values())
 
 
+def plan_weight_bits(plan: Plan) -> int:
+    """Return the value range that weights have unless the plan says otherwise."""
+    return min((layer.kernel.weight_bits for layer in plan.layers.values()), default=8)
+
+
 def parity(prepared: nn.Module, int8: nn.Module, calls: Sequence[Call]) -> list[LayerParity]:
     """Compare fake-quant and int8 node by node; see :class:`qat_lightning.flows.base.Flow`."""
     assert isinstance(prepared, fx.GraphModule) and isinstance(int8, fx.GraphModule)
@@ -296,7 +301,8 @@ def _untraced(plan: Plan) -> list[str]:
 
 
 def _static_mapping(plan: Plan, in_float: Sequence[str]) -> QConfigMapping:
-    default = static_qconfig(plan, plan_per_channel(plan))
+    usual = (plan_per_channel(plan), plan_weight_bits(plan))
+    default = static_qconfig(plan, *usual)
     defaults = get_default_qat_qconfig_mapping("x86")
     mapping = QConfigMapping().set_global(default)
     for key, qconfig in defaults.object_type_qconfigs.items():
@@ -306,8 +312,8 @@ def _static_mapping(plan: Plan, in_float: Sequence[str]) -> QConfigMapping:
     for key in FLOAT_TYPES:
         mapping.set_object_type(key, None)
     for name, layer in plan.layers.items():
-        if layer.per_channel != plan_per_channel(plan):
-            mapping.set_module_name(name, static_qconfig(plan, layer.per_channel))
+        if (layer.per_channel, layer.kernel.weight_bits) != usual:
+            mapping.set_module_name(name, static_qconfig(plan, layer.per_channel, layer.kernel.weight_bits))
     for name in (*plan.float_modules, *in_float):
         mapping.set_module_name(name, None) if name else mapping.set_global(None)
     return mapping

@@ -104,6 +104,7 @@ def layers(int8: nn.Module, plan: Plan) -> Iterator[LayerReport]:
                 layer=name,
                 engine=planned.kernel.engine if planned else plan.backend,
                 activation_bits=planned.kernel.activation_bits if planned else 8,
+                weight_bits=planned.kernel.weight_bits if planned else 8,
                 per_channel=planned.per_channel if planned else True,
                 scale=None if grid is None else float(grid.scale),
                 zero_point=None if grid is None else int(grid.zero_point),

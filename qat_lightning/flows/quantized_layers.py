@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_lightning.flows.fake_quant import ACTIVATION_MAX, WeightFakeQuantize
+from qat_lightning.plan import LayerPlan
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -87,12 +88,12 @@ FAKE_QUANT_TYPES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def with_fake_quant(layer: nn.Module, per_channel: bool, norm: nn.Module | None) -> nn.Module:
+def with_fake_quant(layer: nn.Module, planned: LayerPlan, norm: nn.Module | None) -> nn.Module:
     """Return the layer with fake-quant on its weight, its parameters shared with ``layer``.
 
     Args:
         layer: a convolution or linear layer.
-        per_channel: one weight scale per output channel.
+        planned: how its weight is quantized.
         norm: the BatchNorm behind it, which becomes its child; None where there is none.
     """
     kind = FAKE_QUANT_TYPES[type(layer)]
@@ -104,7 +105,7 @@ def with_fake_quant(layer: nn.Module, per_channel: bool, norm: nn.Module | None)
         made.register_parameter(name, parameter)
     if norm is not None:
         made.add_module("bn", norm)
-    made.add_module("weight_fake_quant", WeightFakeQuantize(made.weight, per_channel))
+    made.add_module("weight_fake_quant", WeightFakeQuantize(made.weight, planned.per_channel, planned.kernel.weight_bits))
     made.training = layer.training
     return cast(nn.Module, made)
 
@@ -240,7 +241,7 @@ class DynamicLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, per_channel: bool, bits: int) -> None:
         super().__init__()
-        fake_quant = WeightFakeQuantize(layer.weight, per_channel)
+        fake_quant = WeightFakeQuantize(layer.weight, per_channel, bits=8)
         fake_quant.measure(layer.weight)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.quantized_weight = Int8Weight(fake_quant.integers(layer.weight), fake_quant.scale)

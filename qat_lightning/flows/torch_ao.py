@@ -17,7 +17,7 @@ from torch.ao.quantization import (
     per_channel_dynamic_qconfig,
 )
 
-from qat_lightning.affine import SMALLEST_SCALE, QParams, quantize_bias
+from qat_lightning.affine import SMALLEST_SCALE, QParams, quantize_bias, weight_limits
 from qat_lightning.backend import engine
 from qat_lightning.deprecation import quiet
 from qat_lightning.flows.clipping import Limits
@@ -28,8 +28,6 @@ from qat_lightning.parity import Reference
 from qat_lightning.plan import LayerPlan, Plan
 from qat_lightning.report import LayerReport
 
-# The kernels store -128 too; the scale is such that only a weight that grew after its range was frozen gets there.
-WEIGHT_RANGE = {"quant_min": -128, "quant_max": 127}
 # Torch keeps the scale of their int8 forms, and the weight of PReLU's, out of the state dict, and PReLU's kernel wants other weights.
 STATELESS_TYPES: tuple[type[nn.Module], ...] = (nn.PReLU, nn.ELU)
 KERNEL_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
@@ -119,7 +117,7 @@ class TrainingFakeQuantize(LimitedFakeQuantize, FusedMovingAvgObsFakeQuantize):
 
 
 class WeightFakeQuantize(FakeQuantize):
-    """Symmetric fake-quant of weights: the scale puts the largest magnitude, of a channel or of the tensor, on 127.
+    """Symmetric fake-quant of weights: the scale puts the largest magnitude, of a channel or of the tensor, on 127, with 7 bits on 63.
 
     Torch's fused module follows weights by a moving average, which lags behind, and gives a channel whose weights all have one sign
     (frequent in depthwise layers) a zero point of -128, which the conversion to int8 then replaces by 0.
@@ -133,14 +131,14 @@ class WeightFakeQuantize(FakeQuantize):
             return x
         scale, zero_point = self.scale, self.zero_point
         if self.is_per_channel:
-            return torch.fake_quantize_per_channel_affine(x.float(), scale, zero_point, self.ch_axis, *self._limits()).to(x.dtype)
-        return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, *self._limits()).to(x.dtype)
+            return torch.fake_quantize_per_channel_affine(x.float(), scale, zero_point, self.ch_axis, *self.integer_range).to(x.dtype)
+        return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, *self.integer_range).to(x.dtype)
 
     def measure(self, weight: Tensor) -> None:
         """Set the scale for ``weight``, of any shape with channels at ``ch_axis``."""
         axes = [axis for axis in range(weight.dim()) if axis != self.ch_axis] if self.is_per_channel else list(range(weight.dim()))
         largest = weight.float().abs().amax(axes).reshape(-1)
-        scale = (largest / WEIGHT_RANGE["quant_max"]).clamp(min=SMALLEST_SCALE)
+        scale = (largest / self.integer_range[1]).clamp(min=SMALLEST_SCALE)
         if self.scale.shape == scale.shape:
             self.scale.copy_(scale)  # in place: averages and state dicts hold the tensor
         else:
@@ -150,8 +148,10 @@ class WeightFakeQuantize(FakeQuantize):
         """Return scale and zero point."""
         return self.scale, self.zero_point
 
-    def _limits(self) -> tuple[int, int]:
-        return WEIGHT_RANGE["quant_min"], WEIGHT_RANGE["quant_max"]
+    @property
+    def integer_range(self) -> tuple[int, int]:
+        """The smallest and the largest integer."""
+        return self.activation_post_process.quant_min, self.activation_post_process.quant_max
 
 
 class CalibratedFakeQuantize(LimitedFakeQuantize, FakeQuantize):
@@ -235,8 +235,9 @@ def activation_fake_quant(plan: Plan) -> Any:
     return _constructor(CalibratedFakeQuantize, observer=ACTIVATION_OBSERVERS[plan.observer], **settings)
 
 
-def weight_fake_quant(per_channel: bool) -> Any:
+def weight_fake_quant(per_channel: bool, bits: int) -> Any:
     """Return the constructor of the fake-quant of weights, int8 and symmetric."""
+    low, high = weight_limits(bits)
     if per_channel:
         return _constructor(
             WeightFakeQuantize,
@@ -244,14 +245,16 @@ def weight_fake_quant(per_channel: bool) -> Any:
             dtype=torch.qint8,
             qscheme=torch.per_channel_symmetric,
             ch_axis=0,
-            **WEIGHT_RANGE,
+            quant_min=low,
+            quant_max=high,
         )
-    return _constructor(WeightFakeQuantize, observer=MinMaxObserver, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, **WEIGHT_RANGE)
+    settings = {"dtype": torch.qint8, "qscheme": torch.per_tensor_symmetric, "quant_min": low, "quant_max": high}
+    return _constructor(WeightFakeQuantize, observer=MinMaxObserver, **settings)
 
 
-def static_qconfig(plan: Plan, per_channel: bool = True) -> QConfig:
-    """Return the qconfig of a layer."""
-    return QConfig(activation=activation_fake_quant(plan), weight=weight_fake_quant(per_channel))
+def static_qconfig(plan: Plan, per_channel: bool = True, weight_bits: int = 8) -> QConfig:
+    """Return the qconfig of a layer, or of what has no weight."""
+    return QConfig(activation=activation_fake_quant(plan), weight=weight_fake_quant(per_channel, weight_bits))
 
 
 def dynamic_qconfig(plan: LayerPlan) -> QConfig:
@@ -281,14 +284,31 @@ def planned_layer(plan: Plan, name: str) -> LayerPlan | None:
 
 
 def pack(int8: nn.Module, plan: Plan) -> None:
-    """Pack the weights of each layer with the engine that its plan names; see :class:`qat_lightning.flows.base.Flow`."""
+    """Pack the weights of each layer, within their value range, with the engine that its plan names.
+
+    See :class:`qat_lightning.flows.base.Flow`.
+    """
     for name, layer in kernel_modules(int8):
         planned = planned_layer(plan, name)
         with quiet(), engine(planned.kernel.engine if planned else plan.backend):
             if hasattr(layer, "_all_weight_values"):
                 layer.set_weight_bias(_recurrent_weights(layer))
             else:
-                layer.set_weight_bias(*layer._weight_bias())
+                weight, bias = layer._weight_bias()
+                layer.set_weight_bias(_limited(weight, planned.kernel.weight_bits) if planned else weight, bias)
+
+
+def _limited(weight: Tensor, bits: int) -> Tensor:
+    """Return a quantized weight whose integers have no more bits: torch's conversion saturates at eight."""
+    low, high = weight_limits(bits)
+    integers = weight.int_repr()
+    limited = integers.clamp(low, high)
+    if torch.equal(integers, limited):
+        return weight
+    if weight.qscheme() == torch.per_channel_affine:
+        grid = (weight.q_per_channel_scales(), weight.q_per_channel_zero_points(), weight.q_per_channel_axis())
+        return torch._make_per_channel_quantized_tensor(limited, *grid)
+    return torch._make_per_tensor_quantized_tensor(limited, weight.q_scale(), weight.q_zero_point())
 
 
 def round_biases(int8: nn.Module, scales: Mapping[str, float]) -> None:
@@ -362,6 +382,7 @@ def layer_reports(int8: nn.Module, plan: Plan) -> Iterator[LayerReport]:
             layer=name,
             engine=planned.kernel.engine if planned else plan.backend,
             activation_bits=planned.kernel.activation_bits if planned else 8,
+            weight_bits=planned.kernel.weight_bits if planned else 8,
             per_channel=planned.per_channel if planned else True,
             scale=None if scale is None or plan.recipe == "dynamic" else float(scale),
             zero_point=None if zero_point is None or plan.recipe == "dynamic" else int(zero_point),

@@ -205,10 +205,14 @@ def test_reflected_padding_is_added_once():
         assert (int8(IMAGES) - net(IMAGES)).abs().max() < 0.05 * net(IMAGES).abs().max()
 
 
-@pytest.mark.parametrize("setting", [{"per_channel": False}, {"activation_bits": 7}, {"observer": "minmax"}, None], ids=str)
+@pytest.mark.parametrize(
+    "setting", [{"per_channel": False}, {"activation_bits": 7}, {"weight_bits": 7}, {"observer": "minmax"}, None], ids=str
+)
 def test_overrides(setting):
     prepared, int8 = quantize(ModuleNet(), StaticPTQ(flow="pt2e", overrides={"conv2": setting}), CALL)
     assert names(int8) == ({"conv1", "conv2", "hidden", "fc"} if setting else {"conv1", "hidden", "fc"})
+    if setting == {"weight_bits": 7}:
+        assert int(int8.get_submodule("conv2").weight.int8.abs().max()) == 63
     assert max(layer.max_steps for layer in measure_parity(prepared, int8, [CALL])) <= 1
 
 
