@@ -15,7 +15,7 @@ from qat_lightning.errors import (
     UnsupportedModelError,
 )
 from qat_lightning.evaluation import Sensitivity, measure_sensitivity
-from qat_lightning.export import export_executorch, export_onnx
+from qat_lightning.export import compile_int8, export_executorch, export_onnx
 from qat_lightning.fallback import quantize_within
 from qat_lightning.plan import Call
 from qat_lightning.recipe import QAT, AdaRound, DynamicPTQ, LayerOverride, StaticPTQ, When
@@ -45,6 +45,7 @@ __all__ = [
     "When",
     "adopt_checkpoints",
     "calibrate",
+    "compile_int8",
     "convert",
     "equalize",
     "export_executorch",

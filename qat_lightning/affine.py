@@ -17,6 +17,7 @@ Rounding is to the nearest integer, halves to even, as in PyTorch's kernels.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,11 @@ def weight_bits(integers: Tensor) -> int:
     """Return the value range, 7 or 8 bits, that int8 integers of any shape need."""
     low, high = weight_limits(7)
     return 7 if integers.numel() == 0 or (low <= int(integers.min()) and int(integers.max()) <= high) else 8
+
+
+def widest_weight(weights: Mapping[str, Tensor]) -> int:
+    """Return the value range, 7 or 8 bits, of the int8 tensors of a model by name."""
+    return max((weight_bits(tensor) for tensor in weights.values() if tensor.dtype == torch.int8), default=8)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Silences what PyTorch says about its own quantization and a user of this package can do nothing about."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,3 +27,16 @@ def quiet() -> Iterator[None]:
         for message in MESSAGES:
             warnings.filterwarnings("ignore", message=f".*{message}")
         yield
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep all warnings and the log of other packages that are built on torch.ao from the user for the time of the block."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from qat_lightning.affine import weight_bits
+from qat_lightning.affine import weight_bits, widest_weight
 from qat_lightning.backend import Kernel, LayerShape, cpu_name
 from qat_lightning.core import as_call
 from qat_lightning.errors import ArtifactError
@@ -91,7 +91,7 @@ def open_served(folder: Path, manifest: Manifest, runtime: str, example: Any) ->
         chosen, run = _fastest(folder, manifest, program, weights, example)
     else:
         run = _open(folder, manifest, program, weights, chosen)
-        if saturates(chosen, _bits(weights)):
+        if saturates(chosen, widest_weight(weights)):
             warnings.warn(
                 f"{folder}: the int8 kernels of {chosen} overflow on this CPU, which has none of VNNI and AMX: its outputs may be wrong. "
                 f'Use runtime="onnxruntime", runtime="torch" or runtime="auto", which does not, or quantize with weight_bits=7.',
@@ -133,11 +133,6 @@ def _fitted(program: Program, manifest: Manifest, weights: Mapping[str, Tensor])
     return replace(program, layers=moved), engine_notes(plan, fitted, shapes)
 
 
-def _bits(weights: Mapping[str, Tensor]) -> int:
-    """Return the value range of all weights."""
-    return max((weight_bits(tensor) for tensor in weights.values() if tensor.dtype == torch.int8), default=8)
-
-
 def _plan_of(layer: PackedLayer, weights: Mapping[str, Tensor]) -> LayerPlan:
     scale, integers = weights.get(f"{layer.weight}.scale"), weights.get(f"{layer.weight}.int8")
     bits = 8 if integers is None else weight_bits(integers)
@@ -167,7 +162,7 @@ def _open(folder: Path, manifest: Manifest, program: Program, weights: Mapping[s
             f'{folder} holds no ONNX model, which {runtime} needs: use runtime="torch", or save it anew with the package onnx.'
         )
     try:
-        return open_onnx(runtime, read_file(folder, *found), bits=_bits(weights))
+        return open_onnx(runtime, read_file(folder, *found), bits=widest_weight(weights))
     except ArtifactError:
         raise
     except Exception as error:  # runtimes raise types of their own
@@ -180,7 +175,7 @@ def _fastest(folder: Path, manifest: Manifest, program: Program, weights: Mappin
     candidates: list[RuntimeName] = [
         name
         for name in installed_runtimes()
-        if name == "torch" or (manifest.file("model") is not None and not saturates(name, _bits(weights)))
+        if name == "torch" or (manifest.file("model") is not None and not saturates(name, widest_weight(weights)))
     ]
     machine, shapes = f"{cpu_name()}, {' '.join(candidates)}", tuple(tuple(tensor.shape) for tensor in tensors)
     this_case = (machine, torch.get_num_threads(), shapes)

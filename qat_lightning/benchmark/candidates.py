@@ -12,7 +12,9 @@ from qat_lightning.artifact import load_quantized, save_quantized
 from qat_lightning.benchmark.peers import PEERS, Quantized
 from qat_lightning.core import calibrate, convert, prepare, refine
 from qat_lightning.evaluation import serialized_bytes
-from qat_lightning.recipe import StaticPTQ
+from qat_lightning.export import compile_int8
+from qat_lightning.plan import Call
+from qat_lightning.recipe import FlowName, StaticPTQ
 from qat_lightning.runtimes import exact_products
 
 Make = Callable[[nn.Module, Sequence[Tensor]], Quantized]
@@ -59,6 +61,18 @@ def _ours(runtime: str | None, weight_bits: int = 8) -> Make:
     return make
 
 
+def _compiled(flow: FlowName) -> Make:
+    """Return static quantization by this package, compiled by Inductor."""
+
+    def make(net: nn.Module, batches: Sequence[Tensor]) -> Quantized:
+        with torch.inference_mode(mode=False):
+            prepared = prepare(net, StaticPTQ(flow=flow), example=Call((batches[0],), {}))
+            int8 = convert(refine(calibrate(prepared, batches), batches))
+            return Quantized(compile_int8(int8, batches[0]), serialized_bytes(int8))
+
+    return make
+
+
 CANDIDATES: Mapping[str, Candidate] = {
     "float": Candidate("float, eager", (), _float(compiled=False)),
     "float-compiled": Candidate("float, torch.compile", (), _float(compiled=True)),
@@ -67,6 +81,8 @@ CANDIDATES: Mapping[str, Candidate] = {
     "onnxruntime": Candidate("qat_lightning, ONNX Runtime", ("onnx", "onnxruntime"), _ours("onnxruntime"), ours=True),
     "openvino": Candidate("qat_lightning, OpenVINO", ("onnx", "openvino"), _ours("openvino"), ours=True),
     "auto": Candidate("qat_lightning, auto", ("onnx",), _ours("auto"), ours=True),
+    "fx-compiled": Candidate("qat_lightning, fx, compiled", ("torchao",), _compiled("fx"), ours=True),
+    "pt2e-compiled": Candidate("qat_lightning, pt2e, compiled", ("torchao",), _compiled("pt2e"), ours=True),
     **{
         f"{runtime}-7bit": Candidate(f"qat_lightning, {name}, 7-bit weights", packages, _ours(runtime, weight_bits=7), ours=True)
         for runtime, name, packages in (

@@ -1,9 +1,5 @@
 """Files of ExecuTorch, whose XNNPACK kernels run int8 on phones: the heir of torch's qnnpack (https://docs.pytorch.org/executorch)."""
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat_lightning.deprecation import silence
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.export.describing import describe
 from qat_lightning.export.reference import ReferenceModule
@@ -44,7 +41,7 @@ def export_executorch(module: nn.Module, path: str | Path, example: Any = None) 
     grids = {number: value.grid for number, value in described.items() if value.grid is not None}
     reference = ReferenceModule(recorded.program, recorded.weights, grids).eval()
     tensors = example_tensors(recorded.program.inputs) if example is None else recorded.tensors
-    with _quiet(), torch.no_grad():
+    with silence(), torch.no_grad():
         exported = torch.export.export(reference, tuple(tensors))
         lowered = exir.to_edge_transform_and_lower(exported, partitioner=[partitioner()])
         content: bytes = lowered.to_executorch().buffer
@@ -58,7 +55,7 @@ def _import() -> tuple[Any, Any]:
     except PackageNotFoundError:
         raise ConfigurationError(f"ExecuTorch export needs the package executorch: {EXTRA}.") from None
     try:
-        with _quiet():
+        with silence():
             from executorch import exir
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.kernels import quantized  # noqa: F401 - for what XNNPACK leaves
@@ -68,16 +65,3 @@ def _import() -> tuple[Any, Any]:
             f"see https://docs.pytorch.org/executorch/stable/getting-started.html."
         ) from error
     return exir, XnnpackPartitioner
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the deprecations and the log of what is built on torch.ao from the user, who can do nothing about them."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

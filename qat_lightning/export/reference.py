@@ -1,6 +1,6 @@
 """A program in the form that PyTorch's compilers read: real numbers between quantize and dequantize operators of ``quantized_decomposed``.
 
-The integers are int8, 128 less than the uint8 of torch's kernels, as XNNPACK has them; the scales are the same.
+XNNPACK has integers of int8, 128 less than the uint8 of torch's kernels and of Inductor; the scales are the same.
 """
 
 import operator
@@ -48,8 +48,10 @@ class _Integers:
     where: tuple[float, int, int, int, torch.dtype]
 
     @classmethod
-    def of(cls, result: Tensor, grid: Grid) -> "_Integers":
-        return cls.at(result, (grid.scale, grid.zero_point - OFFSET, LOW, HIGH, torch.int8))
+    def of(cls, result: Tensor, grid: Grid, signed: bool) -> "_Integers":
+        if signed:
+            return cls.at(result, (grid.scale, grid.zero_point - OFFSET, LOW, HIGH, torch.int8))
+        return cls.at(result, (grid.scale, grid.zero_point, LOW + OFFSET, HIGH + OFFSET, torch.uint8))
 
     @classmethod
     def at(cls, result: Tensor, where: "tuple[float, int, int, int, torch.dtype]") -> "_Integers":
@@ -67,14 +69,15 @@ class ReferenceModule(nn.Module):
         program: of a module that was quantized statically.
         weights: of the model by name.
         grids: of the quantized tensors of the program by number.
+        signed: for XNNPACK, else for Inductor.
     """
 
-    def __init__(self, program: Program, weights: Mapping[str, Tensor], grids: Mapping[int, Grid]) -> None:
+    def __init__(self, program: Program, weights: Mapping[str, Tensor], grids: Mapping[int, Grid], signed: bool = True) -> None:
         super().__init__()
         # Registers the operators.
         from torch.ao.quantization.fx import _decomposed  # noqa: F401
 
-        self.program, self.grids = program, grids
+        self.program, self.grids, self.signed = program, grids, signed
         # Where the next node quantizes, the operation before it has that grid.
         quantizing = [node for node in program.nodes if node.op.startswith("aten::quantize_per_tensor")]
         self.rounded_to = {**{node.args[0].value: grids[node.outputs[0]] for node in quantizing}, **grids}
@@ -91,7 +94,9 @@ class ReferenceModule(nn.Module):
                 self._keep_weight(name, everything[name], scale, in_int8=self._feeds_rounded_layers(node))
 
     def _feeds_rounded_layers(self, node: Node) -> bool:
-        """Whether each layer that takes a weight is followed by a rounding: XNNPACK has no int8 kernel for others."""
+        """Whether each layer that takes a weight is followed by a rounding: XNNPACK has no int8 kernel for others, Inductor has."""
+        if not self.signed:
+            return True
         dequantized = [user.outputs[0] for user in _users(self.program, node.outputs[0])]
         return all(user.outputs[0] in self.rounded_to for number in dequantized for user in _users(self.program, number))
 
@@ -115,7 +120,7 @@ class ReferenceModule(nn.Module):
             results = self._compute(node, [self._resolve(argument, values) for argument in node.args])
             for number, result in zip(node.outputs, results, strict=True):
                 grid = self.grids.get(number)
-                values[number] = _moved(node, result, values) if grid is None else _Integers.of(result, grid)
+                values[number] = _moved(node, result, values) if grid is None else _Integers.of(result, grid, self.signed)
         return tuple(self._resolve(Ref(number), values) for number in self.program.outputs)
 
     def _resolve(self, argument: Any, values: Mapping[int, Any]) -> Any:
@@ -176,12 +181,12 @@ class ReferenceModule(nn.Module):
         pooled, grid = x.mean((2, 3), keepdim=True), self.grids.get(node.outputs[0])
         if keep:
             return pooled
-        return (pooled if grid is None else _Integers.of(pooled, grid).dequantize()).flatten(1)
+        return (pooled if grid is None else _Integers.of(pooled, grid, self.signed).dequantize()).flatten(1)
 
     def _concatenated(self, node: Node, args: list[Any]) -> Tensor:
         """Return tensors one behind the other, each rounded before: XNNPACK wants one grid for all."""
         grid = self.rounded_to.get(node.outputs[0])
-        return torch.cat([tensor if grid is None else _Integers.of(tensor, grid).dequantize() for tensor in args[0]], args[1])
+        return torch.cat([tensor if grid is None else _Integers.of(tensor, grid, self.signed).dequantize() for tensor in args[0]], args[1])
 
     def _quantized(self, node: Node, name: str, args: list[Any]) -> Tensor:
         rectified = name.endswith("_relu")
