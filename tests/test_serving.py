@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves as leaves
 
 from qat_lightning import (
     QAT,
@@ -30,7 +31,7 @@ from qat_lightning import (
 from qat_lightning.backend import Cpu
 from qat_lightning.runtimes import RUNTIMES, saturates
 from tests.mutations import read_manifest, sign_manifest
-from tests.nets import BranchingNet, FunctionalNet, ManyInputs, MappingInput, ModuleNet, Plain, fit
+from tests.nets import BranchingNet, FunctionalNet, ManyInputs, MappingInput, ModuleNet, Plain, Recurrent, fit
 
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 
@@ -147,6 +148,38 @@ def test_dynamic_quantization_is_served_by_torch(tmp_path, caplog):
     assert torch.equal(load_quantized(tmp_path)(x), int8(x))
 
 
+class Bidirectional(nn.Module):
+    """Returns the states, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 6, num_layers=2, bidirectional=True)
+        self.gru = nn.GRU(12, 4, num_layers=2)
+
+    def forward(self, x, h, c):
+        x, states = self.lstm(x, (h, c))
+        return self.gru(x), states
+
+
+@pytest.mark.parametrize("backend", ["x86", "qnnpack"])
+@pytest.mark.parametrize("flow", ["fx", "eager"])
+def test_recurrent_layers_are_served_by_torch(flow, backend, tmp_path, caplog):
+    for net, shapes in ((Recurrent(), [(4, 5, 8)]), (Bidirectional(), [(5, 3, 8), (4, 3, 6), (4, 3, 6)])):
+        int8 = quantize_dynamic(
+            net.eval(),
+            DynamicPTQ(
+                flow=flow,
+                backend=backend,
+            ),
+        )
+        inputs = tuple(torch.randn(shape) for shape in shapes)
+        with caplog.at_level(logging.WARNING):
+            save_quantized(int8, tmp_path, example=inputs)
+        assert "carries what was quantized statically, and not aten::quantized_lstm" in caplog.text
+        served, expected = load_quantized(tmp_path)(*inputs), int8(*inputs)
+        assert all(torch.equal(one, other) for one, other in zip(leaves(served), leaves(expected), strict=True))
+
+
 class WithForward(Plain):
     def forward(self, x):
         return self.net(x).softmax(1)
@@ -257,6 +290,10 @@ FORGERIES = {
     "unknown argument": (set_node(0, 1, [{"path": "/etc/passwd"}]), "has the argument"),
     "missing weight": (lambda program: next(iter(program["layers"].values())).update(weight="x"), r"the tensor 'x.int8' is missing"),
     "no structure": (lambda program: program.update(structure={"kind": "eval", "content": "1"}), "`structure` has a part that is none"),
+    "state of a convolution": (
+        lambda program: next(iter(program["layers"].values())).update(hidden_bias="x"),
+        "no other layer has the latter",
+    ),
     "engine": (lambda program: next(iter(program["layers"].values())).update(engine="cuda"), r"`layers.conv1.engine` must be one of"),
 }
 

@@ -111,17 +111,24 @@ def pack(layer: PackedLayer, weights: Mapping[str, Tensor]) -> Any:
     Raises:
         ValueError: weights that are missing or do not fit it.
     """
-    weight = quantized_weight(weights, layer.weight)
-    bias = None if layer.bias is None else _plain(weights, layer.bias)
-    if layer.kind.startswith("linear"):
-        arguments: tuple[Any, ...] = (weight, bias)
-    else:
-        arguments = (weight, bias, list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
+    weight, bias = quantized_weight(weights, layer.weight), _bias(weights, layer.bias)
+    ops: Any = torch.ops.quantized
     try:
         with engine(layer.engine), quiet():
-            return getattr(torch.ops.quantized, f"{layer.kind.removesuffix('_dynamic')}_prepack")(*arguments)
+            if layer.hidden_weight is not None:
+                hidden_weight, hidden_bias = quantized_weight(weights, layer.hidden_weight), _bias(weights, layer.hidden_bias)
+                packed = ops.linear_prepack(weight, bias), ops.linear_prepack(hidden_weight, hidden_bias)
+                return ops.make_quantized_cell_params_dynamic(*packed, bias, hidden_bias, True)  # inputs of 7 bits, as torch's modules
+            if layer.kind.startswith("linear"):
+                return ops.linear_prepack(weight, bias)
+            geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
+            return getattr(ops, f"{layer.kind}_prepack")(weight, bias, *geometry)
     except RuntimeError as error:
         raise ValueError(f"{layer.weight} cannot be packed: {str(error).splitlines()[0]}") from error
+
+
+def _bias(weights: Mapping[str, Tensor], name: str | None) -> Tensor | None:
+    return None if name is None else _plain(weights, name)
 
 
 def _schema(op: str) -> Any:

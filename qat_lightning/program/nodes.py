@@ -15,7 +15,7 @@ from qat_lightning.input_spec import InputSpec
 from qat_lightning.program.operators import OPERATORS
 from qat_lightning.recipe import ACTIVATION_BITS, BACKENDS, BackendName, check_choice
 
-Kind = Literal["conv1d", "conv2d", "conv3d", "linear", "linear_dynamic"]
+Kind = Literal["conv1d", "conv2d", "conv3d", "linear", "linear_dynamic", "cell"]
 CONSTANT_DTYPES = tuple(
     str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.float64, torch.int32, torch.int64, torch.bool, torch.uint8)
 )
@@ -71,7 +71,7 @@ class PackedLayer:
     """A layer with packed weights.
 
     Args:
-        kind: of the kernel.
+        kind: of the kernel; ``"cell"`` is one direction of one layer of an LSTM or GRU.
         engine: that packs the weights.
         activation_bits: value range of what goes in, 7 or 8.
         weight: name of the integers, scales and zero points in the file of the weights, without the last part.
@@ -80,6 +80,8 @@ class PackedLayer:
         padding: of a convolution.
         dilation: of a convolution.
         groups: of a convolution.
+        hidden_weight: of a cell, as ``weight``: what multiplies its last state.
+        hidden_bias: of a cell, as ``bias``.
     """
 
     kind: Kind
@@ -91,6 +93,8 @@ class PackedLayer:
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    hidden_weight: str | None = None
+    hidden_bias: str | None = None
 
     def __post_init__(self) -> None:
         """Check what the types leave open."""
@@ -99,6 +103,9 @@ class PackedLayer:
         dims = int(self.kind[4]) if self.kind.startswith("conv") else 0
         if any(len(values) != dims for values in (self.stride, self.padding, self.dilation)):
             raise ValueError(f"a {self.kind} needs {dims} strides, paddings and dilations")
+        of_cells = [self.hidden_weight, self.hidden_bias, *([self.bias] if self.kind == "cell" else [])]
+        if any((name is None) == (self.kind == "cell") for name in of_cells):
+            raise ValueError("a cell needs weights and biases for its input and its last state, and no other layer has the latter")
         if self.groups < 1 or any(
             value < low for low, values in ((1, self.stride), (0, self.padding), (1, self.dilation)) for value in values
         ):

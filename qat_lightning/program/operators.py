@@ -37,11 +37,12 @@ _QUANTIZED = """
 aten::_make_per_channel_quantized_tensor aten::_make_per_tensor_quantized_tensor aten::quantize_per_tensor
 aten::quantize_per_tensor.tensor_qparams aten::dequantize.self quantized::conv1d quantized::conv1d_relu quantized::conv2d.new
 quantized::conv2d_relu.new quantized::conv3d.new quantized::conv3d_relu.new quantized::linear quantized::linear_relu
-quantized::linear_dynamic quantized::linear_relu_dynamic quantized::add quantized::add_relu quantized::add.Scalar quantized::add_scalar
-quantized::mul quantized::mul_relu quantized::mul.Scalar quantized::mul_scalar quantized::mul_scalar_relu quantized::add_scalar_relu
-quantized::cat quantized::cat_relu quantized::hardswish quantized::sigmoid quantized::leaky_relu quantized::softmax quantized::matmul
-quantized::layer_norm quantized::group_norm quantized::instance_norm quantized::batch_norm quantized::batch_norm1d quantized::batch_norm2d
-quantized::batch_norm2d_relu quantized::batch_norm_relu quantized::relu6 quantized::conv_transpose1d
+quantized::linear_dynamic quantized::linear_relu_dynamic aten::quantized_lstm.input aten::quantized_gru.input quantized::add
+quantized::add_relu quantized::add.Scalar quantized::add_scalar quantized::mul quantized::mul_relu quantized::mul.Scalar
+quantized::mul_scalar quantized::mul_scalar_relu quantized::add_scalar_relu quantized::cat quantized::cat_relu quantized::hardswish
+quantized::sigmoid quantized::leaky_relu quantized::softmax quantized::matmul quantized::layer_norm quantized::group_norm
+quantized::instance_norm quantized::batch_norm quantized::batch_norm1d quantized::batch_norm2d quantized::batch_norm2d_relu
+quantized::batch_norm_relu quantized::relu6 quantized::conv_transpose1d
 """
 OPERATORS = frozenset(f"{_SHAPES} {_ARITHMETIC} {_LAYERS} {_QUANTIZED}".split())
 """By name with overload. None reads a file, draws random numbers, or runs code of its own."""

@@ -24,6 +24,7 @@ PACKED_TYPES = {
     "Conv2dPackedParamsBase": "conv",
     "Conv3dPackedParamsBase": "conv",
     "LinearPackedParamsBase": "linear",
+    "CellParamsBase": "cell",
 }
 LISTS = ("prim::ListConstruct", "prim::TupleConstruct")
 
@@ -182,11 +183,31 @@ class _Recorder:
         return self._embed(getattr(self.module.get_submodule(owner), last))
 
     def _layer(self, path: tuple[str, ...], kind: str) -> Packed:
+        if kind == "cell":
+            return self._cell(path)
         parts = [part for part in path[1:] if part != "_packed_params"]
         name = ".".join(parts)
         if name not in self.layers:
             self.layers[name] = self._describe(name, self.module.get_submodule(name), kind)
         return Packed(name)
+
+    def _cell(self, path: tuple[str, ...]) -> Packed:
+        """Return one direction of one layer of an LSTM or GRU; torch numbers the directions of the first layer first."""
+        *owner, _, number, _ = path[1:]
+        name = ".".join(owner)
+        recurrent: Any = self.module.get_submodule(name)
+        depth, reverse = divmod(int(number), 2 if recurrent.bidirectional else 1)
+        ending, prefix, kernel = f"l{depth}{'_reverse' if reverse else ''}", f"{name}." if name else "", self.kernels[name]
+        self.layers[f"{prefix}{ending}"] = PackedLayer(
+            "cell",
+            engine=kernel.engine,
+            activation_bits=kernel.activation_bits,
+            weight=f"{prefix}weight_ih_{ending}",
+            bias=f"{prefix}bias_ih_{ending}",
+            hidden_weight=f"{prefix}weight_hh_{ending}",
+            hidden_bias=f"{prefix}bias_hh_{ending}",
+        )
+        return Packed(f"{prefix}{ending}")
 
     def _describe(self, name: str, layer: Any, kind: str) -> PackedLayer:
         inner = "_packed_params._packed_params." if kind == "linear" else ""
