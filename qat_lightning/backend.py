@@ -29,6 +29,8 @@ RECURRENT: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU)
 # Tried in this order when the backend's own kernel saturates: fastest first.
 FALLBACK_ENGINES: tuple[BackendName, ...] = ("onednn", "qnnpack")
 # Flags of Linux, for x86 and for ARM.
+# Features of processors whose sums of products of uint8 and int8 do not saturate.
+EXACT_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "asimd")
 INT8_FEATURES = ("avx2", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 
 
@@ -227,6 +229,11 @@ def this_cpu() -> Cpu:
         capability=torch.backends.cpu.get_cpu_capability(),
         features=tuple(name for name in INT8_FEATURES if name in features),
     )
+
+
+def exact_products(weight_bits: int) -> bool:
+    """Whether sums of products of 8-bit activations and weights of so many bits are exact in the fastest kernels of this processor."""
+    return weight_bits == 7 or bool({*this_cpu().features} & {*EXACT_FEATURES})
 
 
 def cpu_name() -> str:

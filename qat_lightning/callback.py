@@ -1,7 +1,7 @@
 """The callback: Lightning's hooks, wired to the functions of this package."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from qat_lightning.averaging import copy_anew, keep_ranges, measure_averaged
+from qat_lightning.backend import exact_products
 from qat_lightning.batch_norm import batch_norms, pass_hooks_on, put_back, with_batch_norms
 from qat_lightning.calibration import length_of
 from qat_lightning.checkpoint import ConvertedWeights, best_checkpoint, has_checkpoints, load_best, load_into_built, refuse_unprepared
@@ -277,6 +278,7 @@ class QuantizationCallback(Callback):
         self._plans = {**adopted, **plans}
         layers = sum(len(plan.layers) for plan in plans.values())
         log.info("%d layers of %s will run in int8 (recipe %s, flow %s).", layers, sorted(plans), self._recipe.name, self._recipe.flow)
+        _advise_on_kernels(plans)
 
     def _adopted(self, pl_module: LightningModule) -> dict[str, Plan]:
         """Return the plans of the targets that an earlier fit or a checkpoint has prepared."""
@@ -603,6 +605,18 @@ class QuantizationCallback(Callback):
             self._report = self._report.with_accuracy("int8", float(accuracy))
         elif prepared:
             self._report = self._report.with_accuracy("fake_quant", float(accuracy))
+
+
+def _advise_on_kernels(plans: Mapping[str, Plan]) -> None:
+    """Tell of layers that another engine runs because that of the backend overflows, where 7 bits would avoid it."""
+    layers = [(plan.backend, layer.kernel) for plan in plans.values() for layer in plan.layers.values()]
+    moved = [kernel for backend, kernel in layers if kernel.engine != backend and not exact_products(kernel.weight_bits)]
+    if moved:
+        log.info(
+            "%d of %d layers run on another engine than the backend's, whose kernels overflow on this processor, which has no VNNI. If the "
+            "int8 model is for such processors, weight_bits=7 lets it use them.",
+            *(len(moved), len(layers)),
+        )
 
 
 def _uncompile(pl_module: LightningModule) -> None:

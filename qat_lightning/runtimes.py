@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from qat_lightning.backend import this_cpu
+from qat_lightning.backend import exact_products
 from qat_lightning.decoding import shown
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.evaluation.latency import interleaved_medians
@@ -20,9 +20,6 @@ from qat_lightning.recipe import check_choice
 RuntimeName = Literal["torch", "onnxruntime", "openvino"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 EXTRAS = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
-# Features of processors whose sums of products of uint8 and int8 do not saturate. Without them ONNX Runtime can be told to take a way
-# around, OpenVINO cannot: https://docs.openvino.ai/2025/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html
-EXACT_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "asimd")
 
 
 def installed_runtimes() -> tuple[RuntimeName, ...]:
@@ -33,16 +30,14 @@ def installed_runtimes() -> tuple[RuntimeName, ...]:
 def saturates(runtime: RuntimeName, bits: int) -> bool:
     """Whether the int8 kernels of a runtime overflow on this processor, so that it computes something else than the model.
 
+    ONNX Runtime can be told to take a way around, OpenVINO cannot:
+    https://docs.openvino.ai/2025/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html
+
     Args:
         runtime: name of the runtime.
         bits: value range of the weights; two products of 8-bit activations and 7-bit weights fit into 16 bits.
     """
     return runtime == "openvino" and not exact_products(bits)
-
-
-def exact_products(bits: int) -> bool:
-    """Whether sums of products of 8-bit activations and weights of so many bits are exact in the fastest kernels of this processor."""
-    return bits == 7 or bool({*this_cpu().features} & {*EXACT_FEATURES})
 
 
 def require_runtime(name: str) -> RuntimeName:

@@ -64,7 +64,9 @@ def kills_of(kind, thorough=True):
     Where those in float are exact, a difference of the others is not Lightning's. The fake-quant of pt2e is switched and stored by the code
     of fx's. What is not thorough trusts in fx for eager, too.
     """
-    if kind == "fx" or (kind == "eager" and thorough):
+    if kind == "fx":
+        return KILLS if thorough else KILLS[::2]
+    if kind == "eager" and thorough:
         return KILLS
     return FEW if thorough else FEW[:: len(FEW) // 3]
 

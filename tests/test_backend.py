@@ -1,13 +1,16 @@
+import logging
+
 import pytest
 import torch
 from torch import nn
 
-from qat_lightning import QAT, ConfigurationError, DynamicPTQ, StaticPTQ, calibrate, convert, measure_parity, prepare
-from qat_lightning.backend import Kernel, LayerShape, check_backend, choose_kernel, cpu_name, engine, kernel_error, supported_backends
+from qat_lightning import QAT, ConfigurationError, DynamicPTQ, QuantizationCallback, StaticPTQ, calibrate, convert, measure_parity, prepare
+from qat_lightning.backend import Cpu, Kernel, LayerShape, check_backend, choose_kernel, cpu_name, engine, kernel_error, supported_backends
 from qat_lightning.core import int8_plan_of
 from qat_lightning.flows.torch_ao import kernel_modules
 from qat_lightning.observers import apply_phase
 from qat_lightning.schedule import IDLE, Phase
+from tests.nets import fit
 
 LAYERS = {
     "linear": nn.Linear(64, 64),
@@ -111,6 +114,17 @@ def test_the_engine_is_put_back():
 def test_seven_bits_where_no_engine_is_right(monkeypatch):
     monkeypatch.setattr("qat_lightning.backend.kernel_error", lambda *args: 56)
     assert choose_kernel("fbgemm", LayerShape.of(nn.Linear(4, 4)), "auto", True).activation_bits == 7
+
+
+def test_a_processor_whose_fastest_kernels_overflow_is_told_of(monkeypatch, caplog):
+    monkeypatch.setattr("qat_lightning.backend.this_cpu", lambda: Cpu(name="an old CPU", capability="AVX2", features=("avx2",)))
+    errors = {("onednn", 8): 0, ("onednn", 7): 0, ("x86", 7): 0}
+    monkeypatch.setattr("qat_lightning.backend.kernel_error", lambda kernel, *_: errors.get((kernel.engine, kernel.weight_bits), 56))
+    for bits, told in ((8, True), (7, False)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            fit(QuantizationCallback(QAT(weight_bits=bits)), max_steps=1)
+        assert ("4 of 4 layers run on another engine than the backend's" in caplog.text) == told
 
 
 def test_the_processor_has_a_name():

@@ -67,7 +67,7 @@ def test_a_compiler_that_is_missing_is_named(monkeypatch):
 
 
 def test_a_processor_on_which_sums_overflow_is_a_warning(monkeypatch):
-    monkeypatch.setattr("qat_lightning.runtimes.this_cpu", lambda: Cpu(name="an old CPU", capability="AVX2", features=("avx2",)))
+    monkeypatch.setattr("qat_lightning.backend.this_cpu", lambda: Cpu(name="an old CPU", capability="AVX2", features=("avx2",)))
     monkeypatch.setattr(inductor, "_compile", lambda reference, tensors: reference)
     with pytest.warns(UserWarning, match="Inductor overflow on this CPU.*weight_bits=7"):
         compile_int8(static("fx"))

@@ -105,7 +105,7 @@ def test_auto_takes_the_fastest_and_keeps_the_figures(saved):
 
 
 def test_weights_of_seven_bits_need_no_processor_with_exact_sums(monkeypatch, tmp_path):
-    monkeypatch.setattr("qat_lightning.runtimes.this_cpu", lambda: Cpu(name="an old CPU", capability="AVX2", features=("avx2",)))
+    monkeypatch.setattr("qat_lightning.backend.this_cpu", lambda: Cpu(name="an old CPU", capability="AVX2", features=("avx2",)))
     torch.manual_seed(0)
     int8 = static(ModuleNet(), weight_bits=7)
     folder = save_quantized(int8, tmp_path)
@@ -119,7 +119,7 @@ def test_weights_of_seven_bits_need_no_processor_with_exact_sums(monkeypatch, tm
 
 
 def test_auto_leaves_out_what_computes_something_else(saved, monkeypatch):
-    monkeypatch.setattr("qat_lightning.runtimes.this_cpu", lambda: Cpu(name="an old CPU", capability="AVX2", features=("avx2",)))
+    monkeypatch.setattr("qat_lightning.backend.this_cpu", lambda: Cpu(name="an old CPU", capability="AVX2", features=("avx2",)))
     served = load_quantized(saved[1], example=IMAGES[:2])
     timing = read_manifest(saved[1])["timings"][-1]
     assert served.runtime != "openvino" and set(timing["milliseconds"]) == {"torch", "onnxruntime"}

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.artifact import load_quantized, save_quantized
+from qat_lightning.backend import exact_products
 from qat_lightning.benchmark.peers import PEERS, Quantized
 from qat_lightning.core import calibrate, convert, prepare, refine
 from qat_lightning.evaluation import serialized_bytes
 from qat_lightning.export import compile_int8
 from qat_lightning.plan import Call
 from qat_lightning.recipe import FlowName, StaticPTQ
-from qat_lightning.runtimes import exact_products
 
 Make = Callable[[nn.Module, Sequence[Tensor]], Quantized]
 
@@ -98,6 +98,6 @@ CANDIDATES: Mapping[str, Candidate] = {
 DEFAULTS = (
     *("float", "plain", "torch", "onnxruntime", "openvino", "auto"),
     # The peers give weights 7 bits of themselves where 8 overflow.
-    *(() if exact_products(bits=8) else ("auto-7bit",)),
+    *(() if exact_products(weight_bits=8) else ("auto-7bit",)),
     *("peer-torch-x86", "peer-torch-x86-traced", "peer-onnxruntime-minmax", "peer-nncf-openvino"),
 )

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.affine import widest_weight
+from qat_lightning.backend import exact_products
 from qat_lightning.deprecation import silence
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.export.describing import describe
 from qat_lightning.export.reference import ReferenceModule
 from qat_lightning.program.execution import Run
-from qat_lightning.runtimes import exact_products
 
 if TYPE_CHECKING:
     from qat_lightning.serving import ServedModel
