@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import Case, add_case_arguments, case_of
-from qat_lightning import StaticPTQ, calibrate, convert, export_executorch, prepare, refine
+from qat_lightning import StaticPTQ, calibrate, compile_int8, convert, export_executorch, prepare, refine
 from qat_lightning.export import program_to_onnx
 from qat_lightning.program import compile_program
 from qat_lightning.recorded import record_program
@@ -39,12 +39,14 @@ def row(name: str, native: Tensor, other: Tensor, labels: Tensor, scale: float) 
     return f"| {name} | {int(steps.max())} | {steps.mean():.3f} | {100 * within:.1f} | {100 * same:.2f} | {100 * top1:.2f} |"
 
 
-def open_executorch(int8: torch.nn.Module, image: Tensor, path: Path) -> Run:
+def open_executorch(int8: torch.nn.Module, image: Tensor) -> Run:
     """Return a function that runs an int8 module in ExecuTorch, image by image."""
-    print(f"ExecuTorch: {export_executorch(int8, path, image).stat().st_size} bytes", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        content = export_executorch(int8, Path(folder) / "model.pte", image).read_bytes()
+    print(f"ExecuTorch: {len(content)} bytes", file=sys.stderr)
     from executorch.runtime import Runtime
 
-    program = Runtime.get().load_program(path)
+    program = Runtime.get().load_program(content)
     method = program.load_method("forward")
 
     def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_case_arguments(parser)
     parser.add_argument("--backend", default="x86")
     parser.add_argument("--flow", default="fx")
+    parser.add_argument("--compiled", action="store_true", help="also by Inductor, which takes a minute for each size of batches")
     parser.add_argument("--weight-bits", type=int, default=8)
     parser.add_argument("--onnx", type=Path, help="write the ONNX file here, too")
     chosen = parser.parse_args(arguments)
@@ -75,7 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs: dict[str, Run] = {"torch": compile_program(recorded.program, recorded.weights)}
     runs |= {name: open_onnx(name, content, bits=chosen.weight_bits) for name in installed_runtimes() if name != "torch"}
     if importlib.util.find_spec("executorch") is not None:
-        runs["executorch"] = open_executorch(int8, case.calibration[0][:1], Path(tempfile.mkdtemp(), "model.pte"))
+        runs["executorch"] = open_executorch(int8, case.calibration[0][:1])
+    if chosen.compiled:
+        compiled = compile_int8(int8, case.calibration[0])
+        runs["inductor"] = lambda tensors: (compiled(*tensors),)
     with torch.inference_mode():
         native, scale = case.run(int8, "native int8")[0], output_scale(case, int8)
         print("| runtime | most steps | mean steps | images within one step (%) | same top-1 (%) | top-1 |\n|---|---|---|---|---|---|")
