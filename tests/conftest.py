@@ -21,20 +21,39 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "thorough: left out without --thorough")
+    config.addinivalue_line("markers", "sampled(count=3): without --thorough, so many of the parameter sets, spread evenly")
     config.addinivalue_line("markers", "first_flow: without --thorough, the flow is fx")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without ``--thorough``, keep one flow of each test that has the parameter ``flow``; each flow is that of a third of them."""
+    """Without ``--thorough``, keep one flow of each test that has the parameter ``flow``, and a few parameter sets of the sampled ones.
+
+    Each flow is that of a third of the tests.
+    """
     if config.getoption("--thorough") or any("[" in argument for argument in config.args):
         return
     flows = defaultdict(set)
     for item in items:
         flows[what_is_tested(item)].add(flow_of(item))
     kept = [item for item in items if not item.get_closest_marker("thorough") and flow_of(item) == chosen(item, flows)]
+    kept = sampled(kept)
     keeping = {*kept}
     config.hook.pytest_deselected(items=[item for item in items if item not in keeping])
     items[:] = kept
+
+
+def sampled(items):
+    """Return the tests without the parameter sets that only ``--thorough`` runs."""
+    sets = defaultdict(list)
+    for item in items:
+        sets[item.nodeid.partition("[")[0]].append(item)
+    left_out = set()
+    for those in sets.values():
+        marker = those[0].get_closest_marker("sampled")
+        count = len(those) if marker is None else min(len(those), *(marker.args or (3,)))
+        spread = {those[index * len(those) // count] for index in range(count)}
+        left_out |= {*those} - spread
+    return [item for item in items if item not in left_out]
 
 
 def flow_of(item):

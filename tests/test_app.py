@@ -59,6 +59,7 @@ def test_float_training_writes_checkpoints_and_no_report(float_run):
     assert {"float/train/loss", "float/val/acc", "float/test/acc"} <= logged_names(folder)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("overrides", "recipe", "flow", "backend"),
     [
@@ -104,6 +105,7 @@ def test_phases_of_qat_stay_apart(tmp_path):
     assert config.quant.float_epochs == 1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("choice", "share"),
     [([], 0.02), (["quant.distillation=0.5"], 0.01), (["quant.distillation=0"], 0.01), (["quant.lr=0.005"], 0.1)],
@@ -115,6 +117,7 @@ def test_learning_rate_of_qat(choice, share, tmp_path):
     assert group["initial_lr"] == pytest.approx(share * 0.05)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("recipe", "choice", "checkpoint"),
     [("qat", [], None), ("qat", ["quant.convert=best"], "best.ckpt"), ("ptq", [], "best.ckpt"), ("ptq", ["quant.convert=last"], None)],
@@ -147,6 +150,7 @@ def test_unknown_metric_costs_the_accuracy_not_the_model(tmp_path):
     assert (tmp_path / "int8" / "manifest.json").is_file()
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -3,6 +3,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,17 @@ for folder in map(Path, sys.argv[1:]):
 """
 
 
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    return save_quantized(static(ModuleNet().eval()), tmp_path_factory.mktemp("pristine") / "int8")
+
+
 @pytest.fixture
-def artifact(tmp_path):
-    return save_quantized(static(ModuleNet().eval()), tmp_path / "int8")
+def artifact(pristine, tmp_path):
+    return shutil.copytree(pristine, tmp_path / "int8")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("build", "quantize", "x"), CASES.values(), ids=CASES)
 def test_a_loaded_model_computes_the_same_bits(build, quantize, x, tmp_path):
     int8 = quantize(build().eval())
@@ -91,6 +98,7 @@ def test_a_fresh_process_computes_the_same_bits(tmp_path, programs):
     assert all(torch.equal(torch.load(folder / "y.pt"), y) for folder, y in expected.items())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", [QAT(), QAT(flow="eager"), QAT(flow="pt2e"), StaticPTQ(calibration_batches=2), DynamicPTQ()])
 def test_the_quantized_module_of_a_callback(recipe, tmp_path):
     callback = QuantizationCallback(recipe)

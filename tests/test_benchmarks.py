@@ -40,6 +40,7 @@ def test_accuracy(images, capsys, monkeypatch):
         "... without bias correction",
         "... nor histogram, minima and maxima",
         "... one weight scale per tensor",
+        "... weights of 7 bits",
         "torch FX defaults, x86",
     ]
     assert rows[0]["drop"] == 0 and all(0 <= row["top1"] <= 100 and row["error"] < 0.1 for row in rows)

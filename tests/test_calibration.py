@@ -52,6 +52,7 @@ def input_range(observer, *batches, **options):
 # --- methods -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @METHODS
 @pytest.mark.parametrize("bits", [7, 8])
 def test_ranges_lie_on_the_bits_of_the_layer(observer, bits):
@@ -63,6 +64,7 @@ def test_ranges_lie_on_the_bits_of_the_layer(observer, bits):
     assert high == 0 and low == pytest.approx(-2, abs=0.03)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("observer", [name for name in OBSERVERS if name != "moving_average"])
 def test_batches_in_any_order_give_the_same_ranges(observer):
     quiet, loud = images(32, 1) / 1000, images(32, 2) * 50
@@ -88,6 +90,7 @@ def test_a_lone_outlier_does_not_set_the_range(observer, highest):
     assert input_range("minmax", *x.split(50_000))[1] == pytest.approx(70, rel=0.01)
 
 
+@pytest.mark.sampled
 @METHODS
 def test_activations_in_half_precision(observer):
     prepared, x = prepare(net(), StaticPTQ(observer=observer)), images(32)
@@ -121,6 +124,7 @@ def test_empty_batches_alone_are_no_calibration(observer):
         calibrate(prepare(net(), StaticPTQ(observer=observer)), [torch.zeros(0, 1, 8, 8)])
 
 
+@pytest.mark.sampled
 @METHODS
 def test_a_calibrated_module_survives_its_state_dict(observer):
     recipe = StaticPTQ(observer=observer)

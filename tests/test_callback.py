@@ -92,6 +92,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("when", "trainer", "first"), MOMENTS.values(), ids=MOMENTS)
 def test_a_moment_falls_on_its_batch(when, trainer, first):
     watch = Watch()
@@ -257,6 +258,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_the_quantized_module_runs_under_a_trainer(recipe):
     callback = QuantizationCallback(recipe)
@@ -284,6 +286,7 @@ def test_int8_is_as_accurate_as_what_was_trained(flow):
     assert report.max_steps <= 1 and report.parity_passed
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_the_report_of_a_fit(recipe):
     callback = QuantizationCallback(recipe)
@@ -414,6 +417,7 @@ CHOICES = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("modules", "expected"), CHOICES)
 @pytest.mark.parametrize("recipe", [QAT(), QAT(flow="eager"), QUICK_PTQ], ids=["qat", "qat eager", "ptq"])
 def test_modules_choose_what_is_quantized(recipe, modules, expected):
@@ -465,6 +469,7 @@ class Late(Plain):
             self.net = ModuleNet()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_networks_built_in_configure_model(recipe, tmp_path):
     callback = QuantizationCallback(recipe)

@@ -227,6 +227,7 @@ def test_nobody_is_locked_in(flow, tmp_path, caplog):
     assert other.report.parity_passed
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("recipe", "arguments", "message"),
     [
@@ -279,6 +280,7 @@ def convert(recipe, folder, choice, monitor="val/loss", **arguments):
     return module, callback
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "recipe",
     [QAT(freeze_observers=None), QAT(flow="eager", freeze_observers=None), StaticPTQ(calibration_batches=2)],

@@ -174,6 +174,7 @@ TABLE = {
 }
 
 
+@pytest.mark.sampled(12)
 @FLOWS
 @pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
 def test_combination(row, flow, tmp_path):
@@ -225,6 +226,7 @@ def scale_batch(tuner, module, data):
     tuner.scale_batch_size(module, datamodule=data, init_val=4, max_trials=2, steps_per_trial=2)
 
 
+@pytest.mark.sampled
 @FLOWS
 @pytest.mark.parametrize("tune", [find_rate, scale_batch])
 @pytest.mark.parametrize("fitted", [False, True], ids=["fresh", "after a fit"])
@@ -279,6 +281,7 @@ def validated_and_predicted(callback, module, trainer, data):
     fitted_again(callback, module, trainer, data)
 
 
+@pytest.mark.sampled
 @FLOWS
 @pytest.mark.parametrize("again", [fitted_again, another_trainer, another_trainer_and_callback, a_test_in_between, validated_and_predicted])
 def test_a_fit_may_follow(again, flow):
@@ -292,6 +295,7 @@ def test_a_fit_may_follow(again, flow):
     trains(module)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "recipe", [QAT(), QAT(flow="eager"), QAT(flow="pt2e"), StaticPTQ(calibration_batches=2)], ids=["fx", "eager", "pt2e", "ptq"]
 )
@@ -332,6 +336,7 @@ class LateJudged(LateTwo):
     validation_step = Judged.validation_step
 
 
+@pytest.mark.sampled
 @FLOWS
 @pytest.mark.parametrize("kind", [Judged, LateJudged])
 @pytest.mark.parametrize("second", [QAT, StaticPTQ])
@@ -406,6 +411,7 @@ def interrupted(flow, error=ValueError, where="training_step", batch=3, **recipe
     return callback, module, trainer
 
 
+@pytest.mark.sampled
 @FLOWS
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize(("where", "batch"), [("training_step", 0), ("training_step", 3), ("validation_step", 1)])

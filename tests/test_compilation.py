@@ -77,6 +77,7 @@ WAYS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.sampled
 @FLOWS
 @WAYS
 @pytest.mark.parametrize("recipe", [QAT, StaticPTQ])

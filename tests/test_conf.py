@@ -69,6 +69,7 @@ def recipe_of(config):
     return build({name: value for name, value in config["quant"].items() if name not in APP_FIELDS}, "quant")
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("file", FILES)
 def test_every_file_composes_to_allowed_targets(file):
     check_targets(compose_plain(override_for(file)))
@@ -90,6 +91,7 @@ def test_every_setting_has_a_comment(file):
     assert [line for above, line in settings if not above.startswith("#") and not line.startswith(sections)] == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("name", RECIPES)
@@ -121,6 +123,7 @@ def test_experiment_and_command_line_choose_the_backend():
     assert compose_plain(["experiment=digits_qat_qnnpack", "quant/backend=fbgemm"])["quant"]["backend"] == "fbgemm"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith(("model/", "data/"))])
 def test_every_model_and_data_module_is_built(file):
     if "bert" in file or "sst2" in file:

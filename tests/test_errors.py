@@ -235,6 +235,7 @@ def own_processes():
         dist.destroy_process_group()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("strategy", "message"), STRATEGIES.values(), ids=STRATEGIES)
 def test_strategies_that_cannot_quantize(strategy, message, own_processes):
     started = Started()

@@ -83,7 +83,7 @@ def test_no_engine_computes_a_layer_right(saved, monkeypatch):
 
 def test_a_kernel_that_overflows_here_is_named(saved, monkeypatch):
     int8, folder = saved
-    monkeypatch.setattr("qat_lightning.portability.kernel_error", lambda engine, *args: 85 if engine == "qnnpack" else 0)
+    monkeypatch.setattr("qat_lightning.portability.kernel_error", lambda kernel, *args: 85 if kernel.engine == "qnnpack" else 0)
     with pytest.warns(UserWarning, match="the kernels of 'fc' overflow on this CPU"):
         loaded = load_quantized(folder, ModuleNet())
     assert torch.equal(loaded(IMAGES), int8(IMAGES))

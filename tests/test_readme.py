@@ -36,6 +36,7 @@ def test_python_block(code, tmp_path, programs):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, tmp_path, programs):
     _make_what_the_commands_name(tmp_path)

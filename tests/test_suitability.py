@@ -61,6 +61,7 @@ def trained(net, recipe):
     return prepared
 
 
+@pytest.mark.sampled
 @FLOWS
 @pytest.mark.parametrize("recipe", [QAT, StaticPTQ])
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)

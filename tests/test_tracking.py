@@ -119,8 +119,8 @@ def test_phase_logger_forwards_the_rest(csv_logger):
 
 
 def test_layer_rows_hold_qparams_and_parity():
-    assert len(LAYER_COLUMNS) == 7
-    assert layer_rows(REPORT) == [["conv", "onednn", 8, True, 0.5, 7, 1], ["fc", "x86", 7, False, None, None, None]]
+    assert LAYER_COLUMNS == ["layer", "engine", "activation_bits", "weight_bits", "per_channel", "scale", "zero_point", "parity_steps"]
+    assert layer_rows(REPORT) == [["conv", "onednn", 8, 8, True, 0.5, 7, 1], ["fc", "x86", 7, 8, False, None, None, None]]
 
 
 def test_csv_gets_config_and_figures(csv_logger, tmp_path):

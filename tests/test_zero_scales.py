@@ -19,6 +19,7 @@ def with_zeros(channels=slice(0, 3)):
     return net
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("channels", [slice(0, 1), slice(None)], ids=["one", "all"])
 @pytest.mark.parametrize("calibration_batches", [0, 2])

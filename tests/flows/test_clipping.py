@@ -69,6 +69,7 @@ def check(net, recipe, expected):
     return prepared, int8
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", [StaticPTQ(), QAT()], ids=lambda recipe: recipe.name)
 @pytest.mark.parametrize("norm", [True, False], ids=["bn", "no bn"])
 @pytest.mark.parametrize(("clip", "expected"), CLIPS.values(), ids=CLIPS)

@@ -95,6 +95,7 @@ NETWORKS = [
 ]
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(("flow", "build", "count"), NETWORKS, ids=[f"{flow}-{build.__name__}" for flow, build, _ in NETWORKS])
 @pytest.mark.parametrize("kind", [QAT, StaticPTQ])
 @pytest.mark.parametrize("backend", supported_backends())

@@ -93,6 +93,7 @@ def test_before_fake_quant_nothing_changes(build, flow, training):
     assert sorted(float(p.grad.norm()) for p in prepared.parameters()) == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.sampled
 @NETS
 @pytest.mark.parametrize("overrides", [{}, {"conv": {"per_channel": False, "engine": "qnnpack"}}, {"conv": None}], ids=str)
 def test_each_call_has_its_own_range(build, overrides, tmp_path):
@@ -105,6 +106,7 @@ def test_each_call_has_its_own_range(build, overrides, tmp_path):
         assert torch.equal(load_quantized(save_quantized(int8, tmp_path / "int8"), build())(IMAGES), int8(IMAGES))
 
 
+@pytest.mark.sampled
 @NETS
 def test_qat_of_shared_layers_survives_its_checkpoint(build, tmp_path):
     callback = QuantizationCallback(QAT(calibration_batches=2))
