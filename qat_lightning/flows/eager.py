@@ -4,6 +4,8 @@ The target's inputs are quantized and its outputs dequantized at its border, so 
 has are used instead. A layer that stays float inside is surrounded by a dequantization and a quantization.
 """
 
+import copy
+import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -55,6 +57,8 @@ from qat_lightning.observers import fake_quants
 from qat_lightning.parity import Reference, compare
 from qat_lightning.plan import Call, Plan
 from qat_lightning.report import LayerParity, LayerReport
+
+log = logging.getLogger(__name__)
 
 __all__ = ["convert", "layers", "load_portable_state", "pack", "parity", "portable_state", "prepare", "quantize_dynamic", "walk"]
 
@@ -132,7 +136,10 @@ def quantize_dynamic(module: nn.Module, plan: Plan) -> nn.Module:
     module.eval()
     if "" in plan.layers:
         module, plan = with_parent(module, plan)
-    qconfigs = {name: dynamic_qconfig(layer) for name, layer in plan.layers.items()}
+    read = _layers_read(module, plan)
+    if read:
+        log.warning("%d layers stay in float, for forward reads their weights in place of calling them, from %r on.", len(read), read[0])
+    qconfigs = {name: dynamic_qconfig(layer) for name, layer in plan.layers.items() if name not in read}
     for child in module.modules():
         if isinstance(child, nn.TransformerEncoderLayer):
             child.activation_relu_or_gelu = 0  # what its fused kernel, which reads float weights, asks for
@@ -140,6 +147,19 @@ def quantize_dynamic(module: nn.Module, plan: Plan) -> nn.Module:
         int8 = torch_quantize_dynamic(module, qconfigs, inplace=True)
     pack(int8, plan)
     return cast(nn.Module, int8)
+
+
+def _layers_read(module: nn.Module, plan: Plan) -> list[str]:
+    """Return the layers whose weight forward hands to a function, as attention does: an int8 layer has no such weight.
+
+    Of a module that cannot be traced there are none.
+    """
+    try:
+        graph = _StubTracer(plan.float_modules).trace(copy.deepcopy(module))  # forward may keep what it is given
+    except Exception:  # the user's forward may raise anything when it is given a proxy
+        return []
+    owners = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    return [name for name in plan.layers if name in owners]
 
 
 def layers(int8: nn.Module, plan: Plan) -> Iterator[LayerReport]:

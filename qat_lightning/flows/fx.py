@@ -29,6 +29,7 @@ from qat_lightning.flows.base import with_parent
 from qat_lightning.flows.blame import line_of_error, line_of_node, short_message
 from qat_lightning.flows.clipping import free_clips, give_limits, take_clips
 from qat_lightning.flows.following import followers
+from qat_lightning.flows.modes import ByMode, Differing, differing_calls, follow_mode
 from qat_lightning.flows.sharing import original, unshare, with_copies
 from qat_lightning.flows.surface import Surface
 from qat_lightning.flows.torch_ao import (
@@ -91,7 +92,7 @@ def prepare(module: nn.Module, plan: Plan) -> nn.Module:
         clips = take_clips(source, copied) if free_clips(plan) else []
         if post_training:
             source = fuse(source, is_qat=False)
-        custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(copied))
+        custom = PrepareCustomConfig().set_non_traceable_module_names(_untraced(copied)).set_non_traceable_module_classes([ByMode])
         prepared = prepare_qat_fx(source.train(), _static_mapping(copied, in_float), (torch.zeros(1),), prepare_custom_config=custom)
     give_limits(prepared, clips)
     _leave_tuples(prepared)
@@ -223,13 +224,14 @@ def _explain_trace(error: Exception, module: nn.Module, path: str) -> str:
 def _specialise(module: nn.Module, plan: Plan) -> fx.GraphModule:
     """Return the graph of ``module``, arguments that are constants, layers that are shared and what computes nothing taken care of."""
     graph = trace(module, plan)
-    if module.training:
-        _refuse_training_branches(module, plan, graph)
+    by_mode = _differing_by_mode(module, plan, graph) if module.training else []
     if plan.constants:
         _erase_constants(graph, plan)
     specialised = fx.GraphModule(module, graph)
     for node in [node for node in graph.nodes if node.op == "call_function" and node.target in DROPOUTS]:
         _modularise_dropout(specialised, node)
+    for call in by_mode:
+        follow_mode(specialised, call)
     _drop_identities(specialised)
     unshare(specialised)
     _warn_of_weighted_functions(graph)
@@ -279,8 +281,11 @@ def _modularise_dropout(module: fx.GraphModule, node: fx.Node) -> None:
     module.recompile()
 
 
-def _refuse_training_branches(module: nn.Module, plan: Plan, training_graph: fx.Graph) -> None:
-    """A trace bakes in one side of ``if self.training``; refuse unless both sides are the same graph."""
+def _differing_by_mode(module: nn.Module, plan: Plan, training_graph: fx.Graph) -> list[Differing]:
+    """Return calls that have other constants in evaluation, but for dropout, of which modules are made.
+
+    A trace bakes in one side of ``if self.training``: unless both sides have the same operations, they are refused.
+    """
     with evaluating(module):
         evaluation_graph = trace(module, plan)
     for one, other in zip(training_graph.nodes, evaluation_graph.nodes, strict=False):
@@ -290,6 +295,7 @@ def _refuse_training_branches(module: nn.Module, plan: Plan, training_graph: fx.
                 f"`self.training` near {line_of_node(one)}. Use flow='eager', recipe 'ptq' (which only needs evaluation), "
                 f"or move the branch out of the module."
             )
+    return [call for call in differing_calls(training_graph, evaluation_graph) if call.node.target not in DROPOUTS]
 
 
 def _untraced(plan: Plan) -> list[str]:

@@ -1,8 +1,11 @@
 import copy
+import logging
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
 
 from qat_lightning import (
     QAT,
@@ -233,6 +236,47 @@ def test_functional_dropout_is_off_in_evaluation(recipe):
 def test_functional_dropout_is_on_in_training():
     prepared = prepare(FunctionalNet(), QAT()).train()
     assert not torch.equal(prepared(IMAGES), prepared(IMAGES))
+
+
+class ByMode(nn.Module):
+    """What functions are told of the mode: a residual branch that training drops, and attention with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.qkv, self.fc = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 24), nn.Linear(8, 4)
+        self.depth = StochasticDepth(0.5, "row")
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = (x + self.depth(F.relu(x))).flatten(2).transpose(1, 2)
+        q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)
+        return self.fc(F.scaled_dot_product_attention(q, k, v, dropout_p=0.9 if self.training else 0.0).mean(1))
+
+
+@pytest.mark.parametrize("flow", ["fx", "pt2e"])
+def test_functions_that_are_told_of_the_mode_follow_it(flow):
+    torch.manual_seed(0)
+    net = ByMode()
+    prepared = prepare(net, QAT(flow=flow), example=CALL).train()
+    assert not torch.equal(prepared(IMAGES), prepared(IMAGES))
+    with torch.no_grad():
+        assert torch.allclose(prepared.eval()(IMAGES), net.eval()(IMAGES), atol=1e-5)
+    apply_phase(prepared, LEARNING)
+    prepared.train()(IMAGES)
+    apply_phase(prepared.eval(), IDLE)
+    int8 = convert(prepared)
+    assert torch.equal(int8(IMAGES), int8(IMAGES))
+    assert max(layer.max_steps for layer in measure_parity(prepared, int8, [CALL])) <= 1
+
+
+@pytest.mark.parametrize("flow", ["fx", "eager"])
+def test_a_layer_whose_weight_is_read_stays_in_float(flow, caplog):
+    net = ByMode().eval()
+    with caplog.at_level(logging.WARNING):
+        int8 = quantize_dynamic(net, DynamicPTQ(flow=flow))
+    assert names(int8) == {"fc"} and "stay in float" in caplog.text
+    with torch.no_grad():
+        assert (int8(IMAGES) - net(IMAGES)).abs().max() < 0.05 * net(IMAGES).abs().max()
 
 
 def test_a_branch_on_training_cannot_be_trained_in_fx():
