@@ -5,19 +5,32 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.export.graph import Grid, Value
 from qat_lightning.program.execution import returns_tensor, run_all
 from qat_lightning.program.nodes import Program
 
 
 def describe(program: Program, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> dict[int, Value]:
-    """Run the program at two sizes and return what each tensor is; a dimension that is equal in both does not vary."""
+    """Run the program at two sizes and return what each tensor is; a dimension that is equal in both does not vary.
+
+    Raises:
+        UnsupportedModelError: the program was quantized dynamically, where tensors have no grids.
+    """
+    _refuse_dynamic(program)
     numbers = [*range(len(program.inputs)), *(output for node in program.nodes if returns_tensor(node.op) for output in node.outputs)]
     one = run_all(program, weights, tensors, numbers)
     other = run_all(
         program, weights, [_larger(tensor, spec.shape or ()) for tensor, spec in zip(tensors, program.inputs, strict=True)], numbers
     )
     return {number: _value(one[number], other[number]) for number in numbers}
+
+
+def _refuse_dynamic(program: Program) -> None:
+    cells = ("aten::quantized_lstm", "aten::quantized_gru")
+    dynamic = [node.op for node in program.nodes if "dynamic" in node.op or node.op.startswith(cells)]
+    if dynamic:
+        raise UnsupportedModelError(f"The export carries what was quantized statically, and not {dynamic[0]}: serve it with torch.")
 
 
 def _larger(tensor: Tensor, shape: Sequence[int | None]) -> Tensor:

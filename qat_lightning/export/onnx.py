@@ -66,7 +66,6 @@ def program_to_onnx(program: Program, weights: Mapping[str, Tensor], tensors: Se
         import onnx
     except ImportError:
         raise ConfigurationError('ONNX export needs the package onnx: pip install "qat-lightning[onnx]".') from None
-    _refuse_dynamic(program)
     graph = OnnxGraph(program, {**weights, **program.constants}, describe(program, weights, tensors))
     for index, spec in enumerate(program.inputs):
         graph.values[index] = replace(graph.described[index], name=_input_name(spec.name))
@@ -81,15 +80,6 @@ def program_to_onnx(program: Program, weights: Mapping[str, Tensor], tensors: Se
     onnx.checker.check_model(model, full_check=True)
     content: bytes = model.SerializeToString()
     return content
-
-
-def _refuse_dynamic(program: Program) -> None:
-    """Name the reason before the first operator that lacks, such as the zeros that a LSTM begins with."""
-    dynamic = [
-        node.op for node in program.nodes if "dynamic" in node.op or node.op.startswith(("aten::quantized_lstm", "aten::quantized_gru"))
-    ]
-    if dynamic:
-        raise UnsupportedModelError(f"ONNX export carries what was quantized statically, and not {dynamic[0]}: serve it with torch.")
 
 
 def _model(onnx: Any, graph: OnnxGraph) -> Any:
