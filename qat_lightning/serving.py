@@ -85,13 +85,14 @@ def open_served(folder: Path, manifest: Manifest, runtime: str, example: Any) ->
     chosen = None if runtime == AUTO else require_runtime(runtime)
     program, weights = _read_program(folder, manifest)
     program, notes = _fitted(program, manifest, weights)
+    bits = widest_weight(weights)
     for note in [*differences(manifest), *notes]:
         warnings.warn(f"{folder}: {note}", stacklevel=3)
     if chosen is None:
-        chosen, run = _fastest(folder, manifest, program, weights, example)
+        chosen, run = _fastest(folder, manifest, program, weights, bits, example)
     else:
-        run = _open(folder, manifest, program, weights, chosen)
-        if saturates(chosen, widest_weight(weights)):
+        run = _open(folder, manifest, program, weights, bits, chosen)
+        if saturates(chosen, bits):
             warnings.warn(
                 f"{folder}: the int8 kernels of {chosen} overflow on this CPU, which has none of VNNI and AMX: its outputs may be wrong. "
                 f'Use runtime="onnxruntime", runtime="torch" or runtime="auto", which does not, or quantize with weight_bits=7.',
@@ -150,7 +151,7 @@ def _shape(layer: PackedLayer, weights: Mapping[str, Tensor]) -> LayerShape | No
     return LayerShape("conv", weight.shape[1] * layer.groups, weight.shape[0], tuple(weight.shape[2:]), **geometry)  # type: ignore[arg-type]
 
 
-def _open(folder: Path, manifest: Manifest, program: Program, weights: Mapping[str, Tensor], runtime: RuntimeName) -> Run:
+def _open(folder: Path, manifest: Manifest, program: Program, weights: Mapping[str, Tensor], bits: int, runtime: RuntimeName) -> Run:
     if runtime == "torch":
         try:
             return compile_program(program, weights)
@@ -162,27 +163,27 @@ def _open(folder: Path, manifest: Manifest, program: Program, weights: Mapping[s
             f'{folder} holds no ONNX model, which {runtime} needs: use runtime="torch", or save it anew with the package onnx.'
         )
     try:
-        return open_onnx(runtime, read_file(folder, *found), bits=widest_weight(weights))
+        return open_onnx(runtime, read_file(folder, *found), bits=bits)
     except ArtifactError:
         raise
     except Exception as error:  # runtimes raise types of their own
         raise ArtifactError(f"{folder / found[0]} cannot be opened by {runtime}: {error}") from error
 
 
-def _fastest(folder: Path, manifest: Manifest, program: Program, weights: Mapping[str, Tensor], example: Any) -> tuple[RuntimeName, Run]:
+def _fastest(
+    folder: Path, manifest: Manifest, program: Program, weights: Mapping[str, Tensor], bits: int, example: Any
+) -> tuple[RuntimeName, Run]:
     """Return the fastest runtime; what was timed on this machine before, with inputs of this size, is not timed again."""
     tensors = example_tensors(program.inputs) if example is None else tensors_of(as_call(example), program.inputs, program.fixed)
     candidates: list[RuntimeName] = [
-        name
-        for name in installed_runtimes()
-        if name == "torch" or (manifest.file("model") is not None and not saturates(name, widest_weight(weights)))
+        name for name in installed_runtimes() if name == "torch" or (manifest.file("model") is not None and not saturates(name, bits))
     ]
     machine, shapes = f"{cpu_name()}, {' '.join(candidates)}", tuple(tuple(tensor.shape) for tensor in tensors)
     this_case = (machine, torch.get_num_threads(), shapes)
     known = [timing for timing in manifest.timings if (timing.machine, timing.threads, timing.shapes) == this_case]
     if known and (fastest := known[-1].fastest) in candidates:
-        return fastest, _open(folder, manifest, program, weights, fastest)
-    runs = {name: _open(folder, manifest, program, weights, name) for name in candidates}
+        return fastest, _open(folder, manifest, program, weights, bits, fastest)
+    runs = {name: _open(folder, manifest, program, weights, bits, name) for name in candidates}
     timing = Timing(*this_case, milliseconds=measure(runs, tensors))
     _keep(folder, manifest, timing)
     return timing.fastest, runs[timing.fastest]

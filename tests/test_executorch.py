@@ -15,7 +15,7 @@ from qat_lightning import (
     prepare,
     quantize_dynamic,
 )
-from qat_lightning.export import executorch
+from qat_lightning.export import packages
 from tests.nets import FunctionalNet, Recurrent
 
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -39,9 +39,9 @@ def test_its_runtime_computes_the_same_within_a_step(int8, tmp_path):
 
 def test_a_package_that_is_missing_is_named(int8, tmp_path, monkeypatch):
     def missing(name):
-        raise executorch.PackageNotFoundError(name)
+        raise packages.PackageNotFoundError(name)
 
-    monkeypatch.setattr(executorch, "version", missing)
+    monkeypatch.setattr(packages, "version", missing)
     with pytest.raises(ConfigurationError, match=r'needs the package executorch: pip install "qat-lightning\[executorch\]"'):
         export_executorch(int8, tmp_path / "model.pte")
     assert not list(tmp_path.iterdir())
@@ -49,7 +49,7 @@ def test_a_package_that_is_missing_is_named(int8, tmp_path, monkeypatch):
 
 def test_versions_that_do_not_fit_are_named(int8, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "executorch.backends.xnnpack.partition.xnnpack_partitioner", None)
-    monkeypatch.setattr(executorch, "version", lambda name: "0.1")
+    monkeypatch.setattr(packages, "version", lambda name: "0.1")
     with pytest.raises(ConfigurationError, match=r"executorch 0\.1 cannot be imported with torch .*install the versions that fit"):
         export_executorch(int8, tmp_path / "model.pte")
 

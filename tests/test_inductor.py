@@ -19,7 +19,7 @@ from qat_lightning import (
     quantize_dynamic,
 )
 from qat_lightning.backend import Cpu
-from qat_lightning.export import inductor
+from qat_lightning.export import inductor, packages
 from tests.nets import FunctionalNet
 
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -44,16 +44,16 @@ def test_compiled_int8_runs_on_int8_kernels_and_computes_the_same_within_a_step(
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
     def missing(name):
-        raise inductor.PackageNotFoundError(name)
+        raise packages.PackageNotFoundError(name)
 
-    monkeypatch.setattr(inductor, "version", missing)
+    monkeypatch.setattr(packages, "version", missing)
     with pytest.raises(ConfigurationError, match=r'needs the package torchao: pip install "qat-lightning\[inductor\]"'):
         compile_int8(static("fx"))
 
 
 def test_versions_that_do_not_fit_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization.pt2e.quantizer", None)
-    monkeypatch.setattr(inductor, "version", lambda name: "0.1")
+    monkeypatch.setattr(packages, "version", lambda name: "0.1")
     with pytest.raises(ConfigurationError, match=r"torchao 0\.1 cannot be imported with torch .*install the versions that fit"):
         compile_int8(static("fx"))
 

@@ -165,13 +165,7 @@ class Bidirectional(nn.Module):
 @pytest.mark.parametrize("flow", ["fx", "eager"])
 def test_recurrent_layers_are_served_by_torch(flow, backend, tmp_path, caplog):
     for net, shapes in ((Recurrent(), [(4, 5, 8)]), (Bidirectional(), [(5, 3, 8), (4, 3, 6), (4, 3, 6)])):
-        int8 = quantize_dynamic(
-            net.eval(),
-            DynamicPTQ(
-                flow=flow,
-                backend=backend,
-            ),
-        )
+        int8 = quantize_dynamic(net.eval(), DynamicPTQ(flow=flow, backend=backend))
         inputs = tuple(torch.randn(shape) for shape in shapes)
         with caplog.at_level(logging.WARNING):
             save_quantized(int8, tmp_path, example=inputs)

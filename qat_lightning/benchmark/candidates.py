@@ -44,12 +44,15 @@ def _float(compiled: bool) -> Make:
     return make
 
 
+def _quantize(net: nn.Module, recipe: StaticPTQ, batches: Sequence[Tensor]) -> nn.Module:
+    return convert(refine(calibrate(prepare(net, recipe, example=Call((batches[0],), {})), batches), batches))
+
+
 def _ours(runtime: str | None, weight_bits: int = 8) -> Make:
     """Return static quantization by this package; without a runtime the plain module."""
 
     def make(net: nn.Module, batches: Sequence[Tensor]) -> Quantized:
-        prepared = prepare(net, StaticPTQ(weight_bits=weight_bits))
-        int8 = convert(refine(calibrate(prepared, batches), batches))
+        int8 = _quantize(net, StaticPTQ(weight_bits=weight_bits), batches)
         if runtime is None:
             return Quantized(int8, serialized_bytes(int8))
         with tempfile.TemporaryDirectory() as folder:
@@ -66,8 +69,7 @@ def _compiled(flow: FlowName) -> Make:
 
     def make(net: nn.Module, batches: Sequence[Tensor]) -> Quantized:
         with torch.inference_mode(mode=False):
-            prepared = prepare(net, StaticPTQ(flow=flow), example=Call((batches[0],), {}))
-            int8 = convert(refine(calibrate(prepared, batches), batches))
+            int8 = _quantize(net, StaticPTQ(flow=flow), batches)
             return Quantized(compile_int8(int8, batches[0]), serialized_bytes(int8))
 
     return make

@@ -1,6 +1,5 @@
 """Files of ExecuTorch, whose XNNPACK kernels run int8 on phones: the heir of torch's qnnpack (https://docs.pytorch.org/executorch)."""
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +7,10 @@ import torch
 from torch import nn
 
 from qat_lightning.deprecation import silence
-from qat_lightning.errors import ConfigurationError
-from qat_lightning.export.describing import describe
-from qat_lightning.export.reference import ReferenceModule
+from qat_lightning.export.packages import importing
+from qat_lightning.export.reference import reference_of
 from qat_lightning.files import write_atomically
 from qat_lightning.program.calling import example_tensors
-
-EXTRA = 'pip install "qat-lightning[executorch]"'
 
 
 def export_executorch(module: nn.Module, path: str | Path, example: Any = None) -> Path:
@@ -37,9 +33,7 @@ def export_executorch(module: nn.Module, path: str | Path, example: Any = None) 
 
     exir, partitioner = _import()
     recorded = record_program(module, example, quantized=True)
-    described = describe(recorded.program, recorded.weights, recorded.tensors)
-    grids = {number: value.grid for number, value in described.items() if value.grid is not None}
-    reference = ReferenceModule(recorded.program, recorded.weights, grids).eval()
+    reference = reference_of(recorded.program, recorded.weights, recorded.tensors, signed=True)
     tensors = example_tensors(recorded.program.inputs) if example is None else recorded.tensors
     with silence(), torch.no_grad():
         exported = torch.export.export(reference, tuple(tensors))
@@ -50,18 +44,8 @@ def export_executorch(module: nn.Module, path: str | Path, example: Any = None) 
 
 
 def _import() -> tuple[Any, Any]:
-    try:
-        found = version("executorch")
-    except PackageNotFoundError:
-        raise ConfigurationError(f"ExecuTorch export needs the package executorch: {EXTRA}.") from None
-    try:
-        with silence():
-            from executorch import exir
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-            from executorch.kernels import quantized  # noqa: F401 - for what XNNPACK leaves
-    except (ImportError, AttributeError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"executorch {found} cannot be imported with torch {torch.__version__} ({error}): install the versions that fit each other, "
-            f"see https://docs.pytorch.org/executorch/stable/getting-started.html."
-        ) from error
+    with importing("executorch", "executorch", "ExecuTorch export", "https://docs.pytorch.org/executorch/stable/getting-started.html"):
+        from executorch import exir
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.kernels import quantized  # noqa: F401 - for what XNNPACK leaves
     return exir, XnnpackPartitioner

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,14 +11,13 @@ from qat_lightning.affine import widest_weight
 from qat_lightning.backend import exact_products
 from qat_lightning.deprecation import silence
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.export.describing import describe
-from qat_lightning.export.reference import ReferenceModule
+from qat_lightning.export.packages import importing
+from qat_lightning.export.reference import ReferenceModule, reference_of
 from qat_lightning.program.execution import Run
 
 if TYPE_CHECKING:
     from qat_lightning.serving import ServedModel
 
-EXTRA = 'pip install "qat-lightning[inductor]"'
 Compiled = Callable[..., tuple[Tensor, ...]]
 
 
@@ -47,9 +45,7 @@ def compile_int8(module: nn.Module, example: Any = None) -> "ServedModel":
 
     _register_passes()
     recorded = record_program(module, example, quantized=True)
-    described = describe(recorded.program, recorded.weights, recorded.tensors)
-    grids = {number: value.grid for number, value in described.items() if value.grid is not None}
-    run = _by_size(ReferenceModule(recorded.program, recorded.weights, grids, signed=False).eval())
+    run = _by_size(reference_of(recorded.program, recorded.weights, recorded.tensors, signed=False))
     run(recorded.tensors)
     if not exact_products(widest_weight(recorded.weights)):
         warnings.warn(
@@ -62,18 +58,8 @@ def compile_int8(module: nn.Module, example: Any = None) -> "ServedModel":
 
 def _register_passes() -> None:
     """Import what tells Inductor of int8 kernels."""
-    try:
-        found = version("torchao")
-    except PackageNotFoundError:
-        raise ConfigurationError(f"Compiled int8 needs the package torchao: {EXTRA}.") from None
-    try:
-        with silence():
-            from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer  # noqa: F401
-    except (ImportError, AttributeError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"torchao {found} cannot be imported with torch {torch.__version__} ({error}): install the versions that fit each other, see "
-            f"https://github.com/pytorch/ao/issues/2919."
-        ) from error
+    with importing("torchao", "inductor", "Compiled int8", "https://github.com/pytorch/ao/issues/2919"):
+        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer  # noqa: F401
 
 
 def _by_size(reference: ReferenceModule) -> Run:

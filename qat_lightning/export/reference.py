@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_lightning.errors import UnsupportedModelError
+from qat_lightning.export.describing import describe
 from qat_lightning.export.graph import Grid, integers_and_scales
 from qat_lightning.program.execution import quantized_weight
 from qat_lightning.program.nodes import Cpu, Node, Packed, Program, Ref, Weight
@@ -72,7 +73,7 @@ class ReferenceModule(nn.Module):
         signed: for XNNPACK, else for Inductor.
     """
 
-    def __init__(self, program: Program, weights: Mapping[str, Tensor], grids: Mapping[int, Grid], signed: bool = True) -> None:
+    def __init__(self, program: Program, weights: Mapping[str, Tensor], grids: Mapping[int, Grid], signed: bool) -> None:
         super().__init__()
         # Registers the operators.
         from torch.ao.quantization.fx import _decomposed  # noqa: F401
@@ -223,6 +224,22 @@ class ReferenceModule(nn.Module):
         if name == "linear":
             return F.linear(x, weight, bias)
         return _CONVOLUTIONS[name](x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def reference_of(program: Program, weights: Mapping[str, Tensor], tensors: Sequence[Tensor], signed: bool) -> ReferenceModule:
+    """Return a program in eval mode for a compiler.
+
+    Args:
+        program: of a module that was quantized statically.
+        weights: of the model by name.
+        tensors: an example of its inputs.
+        signed: for XNNPACK, else for Inductor.
+
+    Raises:
+        UnsupportedModelError: names an operator of dynamic quantization.
+    """
+    grids = {number: value.grid for number, value in describe(program, weights, tensors).items() if value.grid is not None}
+    return ReferenceModule(program, weights, grids, signed).eval()
 
 
 def _moved(node: Node, result: Any, values: Mapping[int, Any]) -> Any:

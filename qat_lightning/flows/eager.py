@@ -154,11 +154,8 @@ def _layers_read(module: nn.Module, plan: Plan) -> list[str]:
 
     Of a module that cannot be traced there are none.
     """
-    try:
-        graph = _StubTracer(plan.float_modules).trace(copy.deepcopy(module))  # forward may keep what it is given
-    except Exception:  # the user's forward may raise anything when it is given a proxy
-        return []
-    owners = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    traced = _traced(copy.deepcopy(module), plan)  # forward may keep what it is given
+    owners = {str(node.target).rpartition(".")[0] for node in traced if node.op == "get_attr"}
     return [name for name in plan.layers if name in owners]
 
 
@@ -192,19 +189,23 @@ def refuse_functional_arithmetic(module: nn.Module, plan: Plan) -> None:
     Raises:
         UnsupportedModelError: names the line.
     """
-    tracer = _StubTracer(plan.float_modules)
-    tracer.record_stack_traces = True
-    try:
-        graph = tracer.trace(module)
-    except Exception:  # the user's forward may raise anything when it is given a proxy
-        return
-    for node in graph.nodes:
+    for node in _traced(module, plan):
         if _is_arithmetic(node) and any(_holds_tensor(argument) for argument in node.all_input_nodes):
             raise UnsupportedModelError(
                 f"flow='eager' cannot run {_operation(node)!r} on int8 tensors in {_owner(node, module)} at {line_of_node(node)}. "
                 f"Use flow='fx', which quantizes functional operations; or write it as a module "
                 f"(qat_lightning.models.Add for a residual addition, torch.ao.nn.quantized.FloatFunctional for others)."
             )
+
+
+def _traced(module: nn.Module, plan: Plan) -> list[fx.Node]:
+    """Return the operations of forward; none where it cannot be traced."""
+    tracer = _StubTracer(plan.float_modules)
+    tracer.record_stack_traces = True
+    try:
+        return list(tracer.trace(module).nodes)
+    except Exception:  # the user's forward may raise anything when it is given a proxy
+        return []
 
 
 class _StubTracer(fx.Tracer):
