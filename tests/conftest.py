@@ -21,7 +21,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "thorough: left out without --thorough")
-    config.addinivalue_line("markers", "sampled(count=3): without --thorough, so many of the parameter sets, spread evenly")
+    config.addinivalue_line("markers", "sampled(count=2): without --thorough, so many of the parameter sets, spread evenly")
     config.addinivalue_line("markers", "first_flow: without --thorough, the flow is fx")
 
 
@@ -50,7 +50,7 @@ def sampled(items):
     left_out = set()
     for those in sets.values():
         marker = those[0].get_closest_marker("sampled")
-        count = len(those) if marker is None else min(len(those), *(marker.args or (3,)))
+        count = len(those) if marker is None else min(len(those), *(marker.args or (2,)))
         spread = {those[index * len(those) // count] for index in range(count)}
         left_out |= {*those} - spread
     return [item for item in items if item not in left_out]

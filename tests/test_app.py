@@ -1,9 +1,6 @@
 import csv
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -105,7 +102,7 @@ def test_phases_of_qat_stay_apart(tmp_path):
     assert config.quant.float_epochs == 1
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("choice", "share"),
     [([], 0.02), (["quant.distillation=0.5"], 0.01), (["quant.distillation=0"], 0.01), (["quant.lr=0.005"], 0.1)],
@@ -117,7 +114,7 @@ def test_learning_rate_of_qat(choice, share, tmp_path):
     assert group["initial_lr"] == pytest.approx(share * 0.05)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("recipe", "choice", "checkpoint"),
     [("qat", [], None), ("qat", ["quant.convert=best"], "best.ckpt"), ("ptq", [], "best.ckpt"), ("ptq", ["quant.convert=last"], None)],
@@ -130,6 +127,7 @@ def test_which_epoch_becomes_int8(recipe, choice, checkpoint, tmp_path):
     assert abs(report["int8"]["accuracy"] - simulated) <= 0.05
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("part", ["checkpoint", "network"])
 def test_float_weights_from_a_file_need_no_training(part, float_run, tmp_path):
     folder, accuracy = float_run
@@ -246,10 +244,9 @@ def test_command_line_with_a_module_of_the_current_folder(tmp_path, programs):
     assert "Traceback" in programs.run(*line, cwd=tmp_path, HYDRA_FULL_ERROR="1").stderr
 
 
-def test_command_line_end_to_end(tmp_path):
+def test_command_line_end_to_end(tmp_path, programs):
     settings = ["debug=fast", "trainer.accelerator=cpu", "trainer.max_epochs=0", "logger=wandb", f"hydra.run.dir={tmp_path}/run"]
-    command = [sys.executable, str(ROOT / "train.py"), "+quant=ptq", *settings]
-    finished = subprocess.run(command, cwd=tmp_path, env={**os.environ, "WANDB_MODE": "offline"}, capture_output=True, text=True)
+    finished = programs.run(ROOT / "train.py", "+quant=ptq", *settings, cwd=tmp_path, WANDB_MODE="offline")
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "run" / "report.md").read_text() in finished.stdout
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))

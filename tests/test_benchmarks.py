@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import accuracy, dynamic, overhead, qat
+from benchmarks import accuracy, dynamic, overhead, qat, rounding
+from qat_lightning import StaticPTQ, calibrate, convert, prepare
+from qat_lightning.recorded import record_program
 
 
 def tiny():
@@ -103,3 +105,24 @@ def test_overhead(tmp_path, capsys):
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert list(rows) == list(overhead.PHASES) and all(row["callback"] > 0 < row["by hand"] for row in rows.values())
     assert "| both frozen |" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_rounding(images, capsys, monkeypatch):
+    monkeypatch.setattr(accuracy, "WORKERS", 0)
+    arguments = ["--net", "tests.test_benchmarks:tiny", "--data", str(images), "--calibration", "8", "--images", "4"]
+    rounding.main(arguments)
+    convolution, linear = capsys.readouterr().out.splitlines()[2:]
+    assert convolution.startswith("| quantized::conv2d_relu.new | 1 | 400 |") and linear.startswith(
+        "| quantized::linear | 1 | 8 | 0.00 | 0 |"
+    )
+
+    # A runtime that adds a step is seen, and its values are anywhere between the borders.
+    monkeypatch.setattr(rounding, "open_onnx", lambda *_, **__: lambda tensors: (torch.full((4, 4, 5, 5), 100.0),))
+    found = rounding.measure(recorded_block(), [torch.randn(4, 3, 12, 12)], "onnxruntime", bits=8)
+    (difference,) = found
+    assert difference.differing == difference.elements == 400 and difference.most_steps > 100 and difference.border > 0.4
+
+
+def recorded_block():
+    net = tiny()[:3].eval()
+    return record_program(convert(calibrate(prepare(net, StaticPTQ()), [torch.randn(4, 3, 12, 12)])))

@@ -300,6 +300,7 @@ def test_the_report_of_a_fit(recipe):
     assert (report.fake_quant, report.int8.accuracy, report.float32.accuracy) == (None, None, None) and report.torch == torch.__version__
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", [QUICK_PTQ, StaticPTQ(flow="eager"), DynamicPTQ()], ids=["ptq", "ptq eager", "dynamic"])
 def test_recipes_without_training_leave_float_training_alone(recipe):
     seed_everything(1)
@@ -319,6 +320,7 @@ def test_no_epoch_is_enough_without_training(recipe):
     assert (callback.quantized_module.net(IMAGES) - module.eval().net(IMAGES)).abs().max() < 0.1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", [QAT(), QAT(flow="eager"), QUICK_PTQ], ids=["qat", "qat eager", "ptq"])
 def test_batch_norm_is_folded_into_int8(recipe):
     callback = QuantizationCallback(recipe)
@@ -326,6 +328,7 @@ def test_batch_norm_is_folded_into_int8(recipe):
     assert not any(isinstance(child, _BatchNorm) for child in callback.quantized_module.modules())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("flow", ["fx", "eager", "pt2e"])
 @pytest.mark.parametrize("freeze", [None, When(epoch=1)])
 def test_weight_scales_are_those_of_the_weights_that_are_rounded(flow, freeze):
@@ -435,6 +438,7 @@ def test_overrides_may_name_the_target():
     assert engines == {"net.conv1": "qnnpack", "net.conv2": "qnnpack", "net.hidden": hidden}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("recipe", [QAT(), QAT(flow="eager"), QUICK_PTQ], ids=["qat", "qat eager", "ptq"])
 def test_metrics_and_losses_are_left_alone(recipe):
     class Perceptual(Metric):
@@ -568,6 +572,7 @@ def test_what_no_trace_shows_fails_at_the_first_batch(recipe):
     assert count.batches == 0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("net", "flow", "message"),
     [
@@ -608,6 +613,7 @@ CALIBRATIONS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("arguments", "data", "width"), CALIBRATIONS.values(), ids=CALIBRATIONS)
 def test_where_calibration_data_comes_from(arguments, data, width):
     callback = QuantizationCallback(StaticPTQ(flow="eager", observer="minmax"), **arguments)
@@ -672,6 +678,7 @@ def test_calibration_step_can_be_overridden():
     assert callback.report.parity_passed and callback.report.int8.latency_ms > 0
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -128,6 +128,7 @@ def float_run(folder):
     return module, trainer.checkpoint_callback.best_model_path
 
 
+@pytest.mark.sampled(1)
 @FLOWS
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole checkpoints", "save_weights_only"])
 def test_every_stage_loads_every_checkpoint(flow, weights_only, tmp_path):
@@ -144,6 +145,7 @@ def test_every_stage_loads_every_checkpoint(flow, weights_only, tmp_path):
     assert torch.equal(fresh.net.eval()(IMAGES), after)
 
 
+@pytest.mark.sampled(1)
 @FLOWS
 @pytest.mark.parametrize(("kind", "taken"), [(Plain, Adopting), (Late, LateAdopting)])
 def test_load_from_checkpoint_with_one_line(flow, kind, taken, tmp_path):
@@ -312,6 +314,7 @@ def test_best_needs_a_model_checkpoint():
         fit(QuantizationCallback("qat", convert="best"))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("choice", ["best", None])
 def test_a_checkpoint_from_before_fake_quant_is_not_converted(choice, tmp_path, caplog):
     _, callback = convert(QAT(start=When(epoch=2)), tmp_path, choice)

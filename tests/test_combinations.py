@@ -174,7 +174,7 @@ TABLE = {
 }
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(8)
 @FLOWS
 @pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
 def test_combination(row, flow, tmp_path):

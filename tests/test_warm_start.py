@@ -169,6 +169,7 @@ def test_the_teacher_keeps_its_biases(flow):
     assert len(before) == 10 and all(torch.equal(value, teacher[name]) for name, value in before.items())
 
 
+@pytest.mark.sampled
 @FLOWS
 @pytest.mark.parametrize(("start", "steps"), [(None, {0}), (When(step=7), {7}), (When(epoch=1), {6})])
 def test_calibration_comes_when_fake_quant_begins(flow, start, steps):
@@ -247,6 +248,7 @@ def test_ranges_are_not_frozen_before_any_data():
     assert callback.report.parity_passed
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.filterwarnings("ignore:.*num_workers")
 @pytest.mark.parametrize(("data", "module"), [(Persistent, Plain), (Several, First)])
 def test_the_training_keeps_its_place(data, module):
@@ -310,6 +312,7 @@ class Streamed(Images):
         return DataLoader(Stream(), batch_size=16)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("trainer", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 8}], ids=str)
 def test_data_without_a_length(trainer):
     callback = QuantizationCallback(QAT())
