@@ -124,6 +124,38 @@ def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
     return torch.round(bias.double() / scale.double()).clamp(-INT32_MAX, INT32_MAX).to(torch.int32)
 
 
+def weight_scale(weight: Tensor, axis: int | None, q_max: int) -> Tensor:
+    """Return the scale that puts the largest magnitude on ``q_max``.
+
+    Args:
+        weight: of two dimensions or more.
+        axis: of the channels that have a scale of their own; None: one scale for all.
+        q_max: largest integer.
+
+    Returns:
+        float32, one element per channel, or one.
+    """
+    magnitudes = weight.detach().float().abs()
+    largest = magnitudes.amax() if axis is None else magnitudes.amax([other for other in range(weight.dim()) if other != axis])
+    return (largest.reshape(-1) / q_max).clamp(min=SMALLEST_SCALE)
+
+
+def round_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, limits: tuple[int, int]) -> Tensor:
+    """Return a weight rounded to its grid, in its dtype; gradients pass straight through where it lies within the limits.
+
+    Args:
+        weight: any shape.
+        scale: from :func:`weight_scale`.
+        zero_point: int32 zeros in the shape of ``scale``.
+        axis: of the channels, None for one scale for all.
+        limits: the smallest and the largest integer.
+    """
+    real = weight.float()
+    if axis is None:
+        return torch.fake_quantize_per_tensor_affine(real, scale, zero_point, *limits).to(weight.dtype)
+    return torch.fake_quantize_per_channel_affine(real, scale, zero_point, axis, *limits).to(weight.dtype)
+
+
 def step_difference(left: Tensor, right: Tensor, qparams: QParams) -> Tensor:
     """Return how many quantization steps lie between two real tensors, int64, same shape."""
     return (quantize(left, qparams) - quantize(right, qparams)).abs()

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qat_lightning import StaticPTQ, affine, calibrate, prepare
-from qat_lightning.affine import QParams, choose_qparams, dequantize, quantize, step_difference
+from qat_lightning.affine import (
+    QParams,
+    choose_qparams,
+    dequantize,
+    quantize,
+    round_weight,
+    step_difference,
+    weight_limits,
+    weight_scale,
+)
 
 VALUES = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=64)
 SCALES = st.floats(1e-3, 2.0)
@@ -49,6 +58,21 @@ def test_equals_the_qparams_of_a_calibrated_model(shift):
     assert fake_quant.scale.item() == pytest.approx(expected.scale, rel=1e-6)
     assert abs(fake_quant.zero_point.item() - expected.zero_point) <= 1
     assert step_difference(prepared.activation_post_process_0(x), x, expected).max() <= 1
+
+
+@given(seed=st.integers(0, 10**6), shape=st.lists(st.integers(1, 5), min_size=2, max_size=4), bits=st.sampled_from([7, 8]), data=st.data())
+def test_weights_are_rounded_to_the_nearest_and_the_largest_stays(seed, shape, bits, data):
+    axis = data.draw(st.sampled_from([None, *range(len(shape))]))
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    limits = weight_limits(bits)
+    scale = weight_scale(weight, axis, limits[1])
+    rounded = round_weight(weight, scale, torch.zeros_like(scale, dtype=torch.int32), axis, limits)
+    steps = scale if axis is None else scale.reshape([-1 if other == axis else 1 for other in range(len(shape))])
+    assert ((rounded - weight).abs() <= 0.501 * steps).all()
+    channels = [weight] if axis is None else weight.unbind(axis)
+    assert torch.allclose(torch.stack([channel.abs().max() for channel in channels]), scale * limits[1])
+    rounded.sum().backward()
+    assert torch.equal(weight.grad, torch.ones_like(weight))  # nothing lies beyond the limits
 
 
 @pytest.mark.parametrize("interval", [(1.0, -1.0), (float("nan"), 1.0), (0.0, float("inf"))])

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_lightning.affine import SMALLEST_SCALE, choose_qparams, weight_limits
+from qat_lightning.affine import choose_qparams, round_weight, weight_limits, weight_scale
 from qat_lightning.flows.clipping import Limits
 from qat_lightning.histogram import BINS, merge, seen
 from qat_lightning.range_search import RangeSearch, entropy_range, least_squares_range, percentile_range
@@ -173,7 +173,7 @@ class WeightFakeQuantize(FakeQuantize):
 
     def __init__(self, weight: Tensor, per_channel: bool, bits: int) -> None:
         super().__init__(weight.shape[0] if per_channel else 1)
-        self.per_channel, self.integer_range = per_channel, weight_limits(bits)
+        self._axis, self.integer_range = 0 if per_channel else None, weight_limits(bits)
         self.to(weight.device)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -182,17 +182,11 @@ class WeightFakeQuantize(FakeQuantize):
             self.measure(weight.detach())
         if not self.fake_quant_enabled[0]:
             return weight
-        if self.per_channel:
-            rounded = torch.fake_quantize_per_channel_affine(weight.float(), self.scale, self.zero_point, 0, *self.integer_range)
-        else:
-            rounded = torch.fake_quantize_per_tensor_affine(weight.float(), self.scale, self.zero_point, *self.integer_range)
-        return rounded.to(weight.dtype)
+        return round_weight(weight, self.scale, self.zero_point, self._axis, self.integer_range)
 
     def measure(self, weight: Tensor) -> None:
         """Set the scale for ``weight``."""
-        magnitudes = weight.detach().float().abs()
-        largest = magnitudes.flatten(1).amax(1) if self.per_channel else magnitudes.amax().reshape(1)
-        self.scale.copy_((largest / self.integer_range[1]).clamp(min=SMALLEST_SCALE))
+        self.scale.copy_(weight_scale(weight, self._axis, self.integer_range[1]))
 
     def integers(self, weight: Tensor) -> Tensor:
         """Return the int8 integers of ``weight``, in its shape."""

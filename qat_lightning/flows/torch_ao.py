@@ -17,7 +17,7 @@ from torch.ao.quantization import (
     per_channel_dynamic_qconfig,
 )
 
-from qat_lightning.affine import SMALLEST_SCALE, QParams, quantize_bias, weight_limits
+from qat_lightning.affine import QParams, quantize_bias, round_weight, weight_limits, weight_scale
 from qat_lightning.backend import engine
 from qat_lightning.deprecation import quiet
 from qat_lightning.flows.clipping import Limits
@@ -129,16 +129,11 @@ class WeightFakeQuantize(FakeQuantize):
             self.measure(x.detach())
         if not self.fake_quant_enabled[0]:
             return x
-        scale, zero_point = self.scale, self.zero_point
-        if self.is_per_channel:
-            return torch.fake_quantize_per_channel_affine(x.float(), scale, zero_point, self.ch_axis, *self.integer_range).to(x.dtype)
-        return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, *self.integer_range).to(x.dtype)
+        return round_weight(x, self.scale, self.zero_point, self._axis, self.integer_range)
 
     def measure(self, weight: Tensor) -> None:
         """Set the scale for ``weight``, of any shape with channels at ``ch_axis``."""
-        axes = [axis for axis in range(weight.dim()) if axis != self.ch_axis] if self.is_per_channel else list(range(weight.dim()))
-        largest = weight.float().abs().amax(axes).reshape(-1)
-        scale = (largest / self.integer_range[1]).clamp(min=SMALLEST_SCALE)
+        scale = weight_scale(weight, self._axis, self.integer_range[1])
         if self.scale.shape == scale.shape:
             self.scale.copy_(scale)  # in place: averages and state dicts hold the tensor
         else:
@@ -152,6 +147,10 @@ class WeightFakeQuantize(FakeQuantize):
     def integer_range(self) -> tuple[int, int]:
         """The smallest and the largest integer."""
         return self.activation_post_process.quant_min, self.activation_post_process.quant_max
+
+    @property
+    def _axis(self) -> int | None:
+        return self.ch_axis if self.is_per_channel else None
 
 
 class CalibratedFakeQuantize(LimitedFakeQuantize, FakeQuantize):
