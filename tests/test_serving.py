@@ -29,7 +29,8 @@ from qat_lightning import (
     save_quantized,
 )
 from qat_lightning.backend import Cpu
-from qat_lightning.runtimes import RUNTIMES, saturates
+from qat_lightning.openvino_graph import round_in_kernels
+from qat_lightning.runtimes import RUNTIMES, compile_openvino, saturates
 from tests.mutations import read_manifest, sign_manifest
 from tests.nets import BranchingNet, FunctionalNet, ManyInputs, MappingInput, ModuleNet, Plain, Recurrent, fit
 
@@ -74,6 +75,34 @@ def test_other_runtimes_compute_the_same_within_steps(runtime, steps, net, flow,
     step = int8(IMAGES).unique().diff().min()
     for size in (1, 8):
         assert (served(IMAGES[:size]) - int8(IMAGES[:size])).abs().max() <= (steps + 0.01) * step
+
+
+class Gated(nn.Module):
+    """A block of MobileNetV3: hardswish, and a gate of hardsigmoid."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.gate, self.last = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = nn.functional.hardswish(self.conv(x))
+        return self.last(x * nn.functional.hardsigmoid(self.gate(x.mean((2, 3), keepdim=True)))).mean((2, 3))
+
+
+def test_openvino_rounds_in_its_kernels(tmp_path):
+    import openvino
+
+    int8 = static(Gated(), weight_bits=7)
+    plain, changed = (openvino.Core().read_model(export_onnx(int8, tmp_path / "model.onnx")) for _ in range(2))
+    assert round_in_kernels(changed) == 3 and round_in_kernels(changed) == 0  # two grids, and hardsigmoid itself
+    kinds = {operation.get_type_name() for operation in changed.get_ordered_ops()}
+    assert {"HSigmoid", "HSwish", "FakeQuantize"} <= kinds and "HardSigmoid" not in kinds
+    one, other = (compile_openvino(graph, threads=1)([IMAGES])[0] for graph in (plain, changed))
+    step = int8(IMAGES).unique().diff().min()
+    assert (one - other).abs().max() <= 1.01 * step
+    assert (other - int8(IMAGES)).abs().max() <= 2.01 * step
+    assert torch.equal(other, load_quantized(save_quantized(int8, tmp_path / "int8"), runtime="openvino")(IMAGES))
 
 
 def test_a_fresh_process_needs_no_class(saved, programs):

@@ -14,7 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def _line(row: Row, float_ms: float | None, best: float | None) -> str:
-    name = CANDIDATES[row.candidate].name + (f" ({row.runtime})" if row.candidate == "auto" else "")
+    name = CANDIDATES[row.candidate].name + (f" ({row.runtime})" if row.candidate.startswith("auto") else "")
     if row.median_ms is None or row.size_bytes is None or row.peak_bytes is None:
         return f"| {name} | {row.remark} | | | | | |"
     ratio = "" if float_ms is None else f"{float_ms / row.median_ms:.2f}"
@@ -175,21 +175,53 @@ def _line(row: Row, float_ms: float | None, best: float | None) -> str:
 
 
 def save_plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw the medians relative to the float network, a group of bars for each network and batch size."""
+    """Draw the medians relative to the float network, and the throughput of networks that were timed with several batch sizes.
+
+    Args:
+        rows: of all networks and batch sizes.
+        path: of the PNG.
+    """
     from matplotlib import pyplot
 
-    groups = list(dict.fromkeys((row.net, row.batch) for row in rows))
-    names = list(dict.fromkeys(row.candidate for row in rows if row.median_ms is not None and row.candidate != "float"))
-    figure, axes = pyplot.subplots(figsize=(max(7, 1.6 * len(groups)), 4.5), layout="constrained")
+    batches = {net: sorted({row.batch for row in rows if row.net == net}) for net in dict.fromkeys(row.net for row in rows)}
+    several = [net for net, sizes in batches.items() if len(sizes) > 2]
+    groups = [(net, batch) for net, sizes in batches.items() for batch in (sizes if net not in several else sizes[:1])]
+    names = list(dict.fromkeys(row.candidate for row in rows if row.median_ms is not None))
+    colours = {name: f"C{index}" for index, name in enumerate(names)}
+    figure, panels = pyplot.subplots(
+        1 + len(several), figsize=(max(7, 1.6 * len(groups)), 4.5 * (1 + len(several))), layout="constrained", squeeze=False
+    )
+    _draw_speed_up(panels[0, 0], rows, groups, colours)
+    for axes, net in zip(panels[1:, 0], several, strict=True):
+        _draw_throughput(axes, [row for row in rows if row.net == net], colours)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _draw_speed_up(axes: Any, rows: Sequence[Row], groups: Sequence[tuple[str, int]], colours: Mapping[str, str]) -> None:
+    """Draw a group of bars for each network and batch size."""
+    names = [name for name in colours if name != "float"]
     for index, name in enumerate(names):
         heights = [_speed_up(rows, group, name) for group in groups]
-        axes.bar([place + 0.8 * index / len(names) for place in range(len(groups))], heights, 0.8 / len(names), label=CANDIDATES[name].name)
+        places = [place + 0.8 * index / len(names) for place in range(len(groups))]
+        axes.bar(places, heights, 0.8 / len(names), label=CANDIDATES[name].name, color=colours[name])
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks([place + 0.4 for place in range(len(groups))], [f"{net.partition(':')[2]}\nbatch {batch}" for net, batch in groups])
     axes.set_ylabel("times as fast as float, eager")
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+
+
+def _draw_throughput(axes: Any, rows: Sequence[Row], colours: Mapping[str, str]) -> None:
+    """Draw the images a second of one network against the batch size, a line for each candidate."""
+    for name, colour in colours.items():
+        points = sorted((row.batch, 1e3 * row.batch / row.median_ms) for row in rows if row.candidate == name and row.median_ms)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=CANDIDATES[name].name, color=colour)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("batch size")
+    axes.set_ylabel("images a second")
+    axes.set_title(rows[0].net.partition(":")[2])
+    axes.legend(fontsize="small")
 
 
 def _speed_up(rows: Sequence[Row], group: tuple[str, int], name: str) -> float:
@@ -214,7 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15, help=f"turns of {CALLS} calls")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--plot", type=Path, help="draw them here, as PNG; needs the extra `plot`")
+    parser.add_argument(
+        "--plot", type=Path, help="draw them here, as PNG, with three batch sizes or more also the throughput; needs the extra `plot`"
+    )
     chosen = parser.parse_args(arguments)
     rows: list[Row] = []
     print(f"{cpu_name()}, {chosen.threads} thread(s), {chosen.size}x{chosen.size}\n")

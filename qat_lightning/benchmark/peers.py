@@ -137,7 +137,7 @@ def _compiled(model: Any) -> Quantized:
         path = Path(folder) / "model.xml"
         openvino.save_model(model, path)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        compiled = compile_openvino(path, torch.get_num_threads())
+        compiled = compile_openvino(openvino.Core().read_model(path), torch.get_num_threads())
     return Quantized(_of_one_image(compiled), size)
 
 

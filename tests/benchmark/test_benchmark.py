@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from PIL import Image
 
-from qat_lightning.benchmark.__main__ import main
+from qat_lightning.benchmark.__main__ import Row, main, save_plot
 
 NET = "tests.nets:ColourNet"
 
@@ -33,3 +34,11 @@ def test_unknown_candidates_are_refused(capsys):
     with pytest.raises(SystemExit):
         main(["--net", NET, "--candidates", "tflite"])
     assert "invalid choice: 'tflite'" in capsys.readouterr().err
+
+
+def test_several_batch_sizes_have_a_plot_of_the_throughput(tmp_path):
+    rows = [Row(NET, batch, name, median_ms=batch * ms) for batch in (1, 4, 16) for name, ms in (("float", 2.0), ("torch", 1.0))]
+    save_plot(rows[:4], tmp_path / "few.png")
+    save_plot([*rows, Row(NET, 64, "torch", remark="failed")], tmp_path / "more.png")
+    with Image.open(tmp_path / "few.png") as few, Image.open(tmp_path / "more.png") as more:
+        assert more.height == 2 * few.height and more.width == few.width

@@ -1,0 +1,80 @@
+"""Changes an ONNX model with QDQ nodes, as OpenVINO has read it, so that OpenVINO computes the same with fewer passes over memory.
+
+A grid between a layer and an activation such as hardswish is read by no int8 kernel. OpenVINO makes integers there all the same, and three
+operations of their own that make real numbers of them again. Rounded as real numbers they stay what they are, and the rounding becomes a
+part of the layer's kernel. The same holds for hardsigmoid with torch's constants, for which OpenVINO has an operation that can be one.
+"""
+
+import math
+from typing import Any
+
+import numpy
+
+# What OpenVINO computes in real numbers, whatever it reads.
+REAL_ACTIVATIONS = frozenset({"HSwish", "HSigmoid", "HardSigmoid", "Sigmoid", "Swish", "Tanh", "Gelu", "Elu", "Mish", "SoftPlus"})
+UINT8_LEVELS = 256
+
+
+def round_in_kernels(model: Any) -> int:
+    """Change a model in place.
+
+    Args:
+        model: an ``openvino.Model``.
+
+    Returns:
+        how many operations were replaced.
+    """
+    replaced = 0
+    for node in model.get_ordered_ops():
+        kind = node.get_type_name()
+        other = _rounded(node) if kind == "Multiply" else _hard_sigmoid(node) if kind == "HardSigmoid" else None
+        if other is not None:
+            for reader in node.output(0).get_target_inputs():
+                reader.replace_source_output(other.output(0))
+            replaced += 1
+    return replaced
+
+
+def _rounded(dequantized: Any) -> Any:
+    """Return the rounding of what was quantized and is dequantized by this product; None where an int8 kernel may read it."""
+    from openvino import opset13
+
+    readers = {reader.get_node().get_type_name() for reader in dequantized.output(0).get_target_inputs()}
+    if not readers or not readers <= REAL_ACTIVATIONS:
+        return None
+    scale, integers = _number(dequantized.input_value(1)), dequantized.input_value(0).get_node()
+    zero_point: float | None = 0.0
+    if integers.get_type_name() == "Subtract":
+        zero_point, integers = _number(integers.input_value(1)), integers.input_value(0).get_node()
+    quantized = _before_casts(integers)
+    if scale is None or zero_point is None or quantized.get_type_name() != "FakeQuantize":
+        return None
+    if quantized.get_attributes()["levels"] != UINT8_LEVELS:
+        return None
+    # As torch's kernels do it: multiplied by the reciprocal.
+    steps = opset13.round(opset13.multiply(quantized.input_value(0), numpy.float32(1 / scale)), "half_to_even")
+    return opset13.multiply(opset13.clamp(steps, -zero_point, UINT8_LEVELS - 1 - zero_point), numpy.float32(scale))
+
+
+def _hard_sigmoid(node: Any) -> Any:
+    """Return the operation that is hardsigmoid with a slope of a sixth, and None for any other."""
+    from openvino import opset13
+
+    slope, offset = (_number(node.input_value(index)) for index in (1, 2))
+    if slope is None or offset != 0.5 or not math.isclose(slope, 1 / 6, rel_tol=1e-6):
+        return None
+    return opset13.hsigmoid(node.input_value(0))
+
+
+def _number(output: Any) -> float | None:
+    """Return a constant with one element, None for anything else."""
+    node = _before_casts(output.get_node())
+    if node.get_type_name() != "Constant" or node.get_data().size != 1:
+        return None
+    return float(node.get_data().reshape(-1)[0])
+
+
+def _before_casts(node: Any) -> Any:
+    while node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return node
