@@ -235,7 +235,7 @@ def sweep(kind, folder, kills):
         whole = folder / saves
         whole.mkdir(parents=True)
         if kind == "pt2e":  # autograd refuses forks of a process that has exported
-            end(launch(train, kind, whole, saves))
+            end_unless_aborted(train, kind, whole, saves)
         else:
             train(kind, whole, saves)  # not in a fork: what is imported and probed on first use is there for all forks
     gc.freeze()

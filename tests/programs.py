@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def become(words, cwd, environment, folder):
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    forget_exit_handlers()
     code = 0
     try:
         run(words, cwd)
@@ -93,6 +95,14 @@ def become(words, cwd, environment, folder):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def forget_exit_handlers():
+    """Leave to the first process what it does when it ends, e.g. to remove the folder that wandb has made."""
+    atexit._clear()
+    for finalizer in weakref.finalize._registry:
+        finalizer.atexit = False
+    atexit.register(weakref.finalize._exitfunc)
 
 
 def run(words, cwd):

@@ -206,7 +206,11 @@ def _draw_speed_up(axes: Any, rows: Sequence[Row], groups: Sequence[tuple[str, i
         places = [place + 0.8 * index / len(names) for place in range(len(groups))]
         axes.bar(places, heights, 0.8 / len(names), label=CANDIDATES[name].name, color=colours[name])
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks([place + 0.4 for place in range(len(groups))], [f"{net.partition(':')[2]}\nbatch {batch}" for net, batch in groups])
+    axes.set_xticks(
+        [place + 0.4 for place in range(len(groups))],
+        [f"{net.partition(':')[2]}\nbatch {batch}" for net, batch in groups],
+        fontsize="small",
+    )
     axes.set_ylabel("times as fast as float, eager")
     axes.legend(fontsize="small")
 
