@@ -278,10 +278,11 @@ def test_checkpoints_of_synchronized_batch_norm_fit_any_other(flow, tmp_path):
 
 # --- the command line --------------------------------------------------------------------------------------------------------
 
-LAUNCHES = {
-    "fx": [ROOT / "train.py", "+quant=qat", "quant.float_epochs=1"],
-    "pt2e": [*TORCHRUN, ROOT / "train.py", "+quant=ptq", "trainer.max_epochs=0", "quant.calibration_batches=2", "quant.flow=pt2e"],
-    "eager": [*TORCHRUN, ROOT / "train.py", "+quant=ptq", "trainer.max_epochs=0", "quant.calibration_batches=2", "quant.flow=eager"],
+PTQ = ["+quant=ptq", "trainer.max_epochs=0", "quant.calibration_batches=2"]
+LAUNCHES = {  # the first by Lightning's own launcher
+    "fx": [ROOT / "train.py", *PTQ],
+    "pt2e": [*TORCHRUN, ROOT / "train.py", *PTQ, "quant.flow=pt2e"],
+    "eager": [*TORCHRUN, ROOT / "train.py", "+quant=qat", "quant.float_epochs=1", "quant.flow=eager"],
 }
 
 
@@ -292,4 +293,4 @@ def test_command_line(flow, tmp_path):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["int8"]["accuracy"] is not None and report["float"]["accuracy"] is not None and report["parity"]["passed"]
     assert finished.stdout.count("# int8 by") == 1 and (tmp_path / "run" / "int8" / "manifest.json").is_file()
-    assert report["recipe"] == ("qat" if flow == "fx" else "ptq")
+    assert report["recipe"] == ("qat" if flow == "eager" else "ptq")
