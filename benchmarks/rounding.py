@@ -10,6 +10,7 @@ round it up as another has to round it down if it lies within a few float32 roun
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,19 +55,19 @@ def measure(recorded: Recorded, tensors: Sequence[Tensor], runtime: str, bits: i
     values = run_all(program, weights, tensors, [*given, *made])
     for node in program.nodes:
         used = [leaf.value for leaf in leaves(node.args) if isinstance(leaf, Ref)]
-        if node.op.startswith("quantized::") and all(value in values and values[value].is_quantized for value in used):
-            yield _difference(program, weights, node, {value: values[value] for value in used}, runtime, bits)
+        if used and all(value in values and values[value].is_quantized for value in [*used, node.outputs[0]]):
+            inputs = {value: values[value] for value in used}
+            yield _difference(program, weights, node, inputs, values[node.outputs[0]].q_scale(), runtime, bits)
 
 
 def _difference(
-    program: Program, weights: Mapping[str, Tensor], node: Node, inputs: Mapping[int, Tensor], runtime: str, bits: int
+    program: Program, weights: Mapping[str, Tensor], node: Node, inputs: Mapping[int, Tensor], scale: float, runtime: str, bits: int
 ) -> Difference:
     alone = _alone(program, node, inputs)
     tensors = [tensor.dequantize() for tensor in inputs.values()]
     (ours,) = compile_program(alone, weights)(tensors)
     content = program_to_onnx(alone, weights, tensors)
     (theirs,) = open_onnx(require_runtime(runtime), content, bits=bits)(tensors)
-    scale = _scale_of(node)
     steps = ((theirs - ours) / scale).round().abs()
     differing = steps > 0
     exact = _exact(program, weights, node, next(iter(inputs.values())))
@@ -82,14 +83,20 @@ def _alone(program: Program, node: Node, inputs: Mapping[int, Tensor]) -> Progra
         for index, tensor in enumerate(inputs.values())
     ]
     renamed = {value: count + index for index, value in enumerate(inputs)}
-    args = tuple(Ref(renamed[argument.value]) if isinstance(argument, Ref) else argument for argument in node.args)
-    nodes = [*quantize, Node(node.op, args, (2 * count,)), Node("aten::dequantize.self", (Ref(2 * count),), (2 * count + 1,))]
+    nodes = [
+        *quantize,
+        Node(node.op, _renamed(node.args, renamed), (2 * count,)),
+        Node("aten::dequantize.self", (Ref(2 * count),), (2 * count + 1,)),
+    ]
     specs = tuple(InputSpec(f"args[{index}]", "float32", (None, *tensor.shape[1:])) for index, tensor in enumerate(inputs.values()))
     return replace(program, inputs=specs, nodes=tuple(nodes), outputs=(2 * count + 1,), structure=0)
 
 
-def _scale_of(node: Node) -> float:
-    return next(argument for argument in node.args if isinstance(argument, float))
+def _renamed(argument: Any, names: Mapping[int, int]) -> Any:
+    """Return an argument with other references."""
+    if isinstance(argument, tuple):
+        return tuple(_renamed(item, names) for item in argument)
+    return Ref(names[argument.value]) if isinstance(argument, Ref) else argument
 
 
 def _exact(program: Program, weights: Mapping[str, Tensor], node: Node, x: Tensor) -> Tensor | None:

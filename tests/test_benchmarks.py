@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks import accuracy, dynamic, overhead, qat, rounding
 from qat_lightning import StaticPTQ, calibrate, convert, prepare
 from qat_lightning.recorded import record_program
+from tests.nets import FunctionalNet
 
 
 def tiny():
@@ -111,10 +112,10 @@ def test_rounding(images, capsys, monkeypatch):
     monkeypatch.setattr(accuracy, "WORKERS", 0)
     arguments = ["--net", "tests.test_benchmarks:tiny", "--data", str(images), "--calibration", "8", "--images", "4"]
     rounding.main(arguments)
-    convolution, linear = capsys.readouterr().out.splitlines()[2:]
-    assert convolution.startswith("| quantized::conv2d_relu.new | 1 | 400 |") and linear.startswith(
-        "| quantized::linear | 1 | 8 | 0.00 | 0 |"
-    )
+    rows = {line.split(" ")[1]: line for line in capsys.readouterr().out.splitlines()[2:]}
+    assert rows.keys() >= {"quantized::conv2d_relu.new", "aten::adaptive_avg_pool2d", "quantized::linear"}
+    assert rows["quantized::conv2d_relu.new"].startswith("| quantized::conv2d_relu.new | 1 | 400 |")
+    assert rows["quantized::linear"].startswith("| quantized::linear | 1 | 8 | 0.00 | 0 |")
 
     # A runtime that adds a step is seen, and its values are anywhere between the borders.
     monkeypatch.setattr(rounding, "open_onnx", lambda *_, **__: lambda tensors: (torch.full((4, 4, 5, 5), 100.0),))
@@ -126,3 +127,11 @@ def test_rounding(images, capsys, monkeypatch):
 def recorded_block():
     net = tiny()[:3].eval()
     return record_program(convert(calibrate(prepare(net, StaticPTQ()), [torch.randn(4, 3, 12, 12)])))
+
+
+def test_rounding_of_operators_with_several_inputs():
+    images = torch.randn(4, 1, 8, 8)
+    recorded = record_program(convert(calibrate(prepare(FunctionalNet().eval(), StaticPTQ()), [images])))
+    found = {difference.op: difference for difference in rounding.measure(recorded, [images], "onnxruntime", bits=8)}
+    assert found.keys() >= {"quantized::add", "aten::cat", "quantized::hardswish"}
+    assert all(difference.most_steps <= 1 for difference in found.values())
