@@ -113,7 +113,7 @@ class Case:
         return 100 * float((logits.argmax(1) == self.labels).float().mean())
 
 
-def ours(case: Case, refined: bool = True, **options: Any) -> Run:
+def ours(case: Case, refined: bool = True, **options: Any) -> nn.Module:
     """Quantize as ``+quant=ptq`` does."""
     prepared = calibrate(prepare(case.net, StaticPTQ(**options)), case.calibration)
     return convert(refine(prepared, case.calibration) if refined else prepared)

@@ -14,18 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from benchmarks.accuracy import add_case_arguments, case_of
-from qat_lightning import StaticPTQ, calibrate, convert, prepare, refine
+from benchmarks.accuracy import add_case_arguments, case_of, ours
 from qat_lightning.export import program_to_onnx
+from qat_lightning.export.graph import integers_and_scales
 from qat_lightning.input_spec import InputSpec
 from qat_lightning.program import compile_program
-from qat_lightning.program.execution import quantized_weight, returns_tensor, run_all
+from qat_lightning.program.execution import quantized_weight, run_all
 from qat_lightning.program.nodes import Node, Packed, Program, Ref, leaves
 from qat_lightning.recorded import Recorded, record_program
 from qat_lightning.runtimes import open_onnx, require_runtime
-
-CONVOLUTIONS = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,7 @@ class Difference:
 def measure(recorded: Recorded, tensors: Sequence[Tensor], runtime: str, bits: int) -> Iterator[Difference]:
     """Yield the difference of each int8 operator of a program."""
     program, weights = recorded.program, recorded.weights
-    given = range(len(program.inputs))
-    made = [output for node in program.nodes if returns_tensor(node.op) for output in node.outputs]
-    values = run_all(program, weights, tensors, [*given, *made])
+    values = run_all(program, weights, tensors)
     for node in program.nodes:
         used = [leaf.value for leaf in leaves(node.args) if isinstance(leaf, Ref)]
         if used and all(value in values and values[value].is_quantized for value in [*used, node.outputs[0]]):
@@ -65,10 +62,10 @@ def _difference(
 ) -> Difference:
     alone = _alone(program, node, inputs)
     tensors = [tensor.dequantize() for tensor in inputs.values()]
-    (ours,) = compile_program(alone, weights)(tensors)
+    (native,) = compile_program(alone, weights)(tensors)
     content = program_to_onnx(alone, weights, tensors)
-    (theirs,) = open_onnx(require_runtime(runtime), content, bits=bits)(tensors)
-    steps = ((theirs - ours) / scale).round().abs()
+    (other,) = open_onnx(require_runtime(runtime), content, bits=bits)(tensors)
+    steps = ((other - native) / scale).round().abs()
     differing = steps > 0
     exact = _exact(program, weights, node, next(iter(inputs.values())))
     border = None if exact is None or not differing.any() else float(((exact / scale)[differing] % 1 - 0.5).abs().max())
@@ -105,12 +102,13 @@ def _exact(program: Program, weights: Mapping[str, Tensor], node: Node, x: Tenso
     layer = None if packed is None else program.layers[packed.layer]
     if layer is None or not layer.kind.startswith("conv"):
         return None
-    weight = quantized_weight(weights, layer.weight)
-    real = weight.int_repr().double() * weight.q_per_channel_scales().double().reshape(-1, *[1] * (weight.dim() - 1))
+    weight, scale = integers_and_scales(quantized_weight(weights, layer.weight))
+    real = weight.double() * scale.double().reshape(-1, *[1] * (weight.dim() - 1))
     bias = None if layer.bias is None else weights[layer.bias].double()
     integers = (x.int_repr().double() - x.q_zero_point()) * x.q_scale()
     geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return CONVOLUTIONS[weight.dim() - 2](integers, real, bias, *geometry)
+    convolved: Tensor = getattr(functional, layer.kind)(integers, real, bias, *geometry)
+    return convolved
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -123,8 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=32, help="that go through the layers")
     chosen = parser.parse_args(arguments)
     case = case_of(chosen)
-    prepared = calibrate(prepare(case.net, StaticPTQ(backend=chosen.backend, weight_bits=chosen.weight_bits)), case.calibration)
-    recorded = record_program(convert(refine(prepared, case.calibration)))
+    recorded = record_program(ours(case, backend=chosen.backend, weight_bits=chosen.weight_bits))
     images = torch.cat(case.calibration)[: chosen.images]
     found = list(measure(recorded, [images], chosen.runtime, chosen.weight_bits))
     print("| operator | times | elements | that differ, per million | most steps | from the border at most |\n|---|---|---|---|---|---|")

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import Case, add_case_arguments, case_of
-from qat_lightning import StaticPTQ, calibrate, compile_int8, convert, export_executorch, prepare, refine
+from benchmarks.accuracy import Case, add_case_arguments, case_of, ours
+from qat_lightning import compile_int8, export_executorch
 from qat_lightning.export import program_to_onnx
 from qat_lightning.program import compile_program
 from qat_lightning.recorded import record_program
@@ -67,10 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--onnx", type=Path, help="write the ONNX file here, too")
     chosen = parser.parse_args(arguments)
     case = case_of(chosen)
-    prepared = calibrate(
-        prepare(case.net, StaticPTQ(backend=chosen.backend, flow=chosen.flow, weight_bits=chosen.weight_bits)), case.calibration
-    )
-    int8 = convert(refine(prepared, case.calibration))
+    int8 = ours(case, backend=chosen.backend, flow=chosen.flow, weight_bits=chosen.weight_bits)
     recorded = record_program(int8)
     content = program_to_onnx(recorded.program, recorded.weights, recorded.tensors)
     if chosen.onnx:

@@ -65,7 +65,7 @@ def kills_of(kind, thorough=True):
     of fx's. What is not thorough trusts in fx for eager, too.
     """
     if kind == "fx":
-        return KILLS if thorough else KILLS[::3]
+        return KILLS if thorough else FEW
     if kind == "eager" and thorough:
         return KILLS
     return FEW if thorough else FEW[:: len(FEW) // 2]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.export.graph import Grid, Value
-from qat_lightning.program.execution import returns_tensor, run_all
+from qat_lightning.program.execution import run_all
 from qat_lightning.program.nodes import Program
 
 
@@ -18,12 +18,9 @@ def describe(program: Program, weights: Mapping[str, Tensor], tensors: Sequence[
         UnsupportedModelError: the program was quantized dynamically, where tensors have no grids.
     """
     _refuse_dynamic(program)
-    numbers = [*range(len(program.inputs)), *(output for node in program.nodes if returns_tensor(node.op) for output in node.outputs)]
-    one = run_all(program, weights, tensors, numbers)
-    other = run_all(
-        program, weights, [_larger(tensor, spec.shape or ()) for tensor, spec in zip(tensors, program.inputs, strict=True)], numbers
-    )
-    return {number: _value(one[number], other[number]) for number in numbers}
+    one = run_all(program, weights, tensors)
+    other = run_all(program, weights, [_larger(tensor, spec.shape or ()) for tensor, spec in zip(tensors, program.inputs, strict=True)])
+    return {number: _value(one[number], other[number]) for number in one}
 
 
 def _refuse_dynamic(program: Program) -> None:

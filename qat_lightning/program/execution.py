@@ -166,7 +166,7 @@ def quantized_weight(weights: Mapping[str, Tensor], name: str) -> Tensor:
         return torch._make_per_tensor_quantized_tensor(integers, float(scale), int(zero_point))
 
 
-def returns_tensor(op: str) -> bool:
+def _returns_tensor(op: str) -> bool:
     """Whether an operator gives tensors, and neither lists of them nor numbers."""
     if op == "prim::ListUnpack":
         return True
@@ -174,8 +174,10 @@ def returns_tensor(op: str) -> bool:
     return schema is not None and all(isinstance(result.type, torch._C.TensorType) for result in schema.returns)
 
 
-def run_all(program: Program, weights: Mapping[str, Tensor], tensors: Sequence[Tensor], numbers: Sequence[int]) -> dict[int, Tensor]:
-    """Return the tensors with these numbers that a run of a program gives on its way."""
+def run_all(program: Program, weights: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Return every tensor of a run of a program by its number, from those it takes to those it gives."""
+    made = (output for node in program.nodes if _returns_tensor(node.op) for output in node.outputs)
+    numbers = [*range(len(program.inputs)), *made]
     run = compile_program(replace(program, outputs=tuple(numbers)), weights)
     with torch.inference_mode():
         return dict(zip(numbers, run(tensors), strict=True))
