@@ -27,7 +27,11 @@ SMALLEST_SCALE = torch.finfo(torch.float32).eps
 """A constant tensor has an empty interval; PyTorch's observers fall back to the same scale."""
 
 
-INT32_MAX = torch.iinfo(torch.int32).max
+_LARGEST_BIAS = 2.0**31 - 2**7
+"""Largest int32 that is a float32."""
+
+_DISTANCES = sorted(range(-24, 25), key=abs)
+"""How far from the nearest value to look for one that all kernels take alike, nearest first."""
 
 
 def weight_limits(bits: int) -> tuple[int, int]:
@@ -119,9 +123,62 @@ def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
         scale: of the products, input scale times weight scale, per channel or for all.
 
     Returns:
-        int32 tensor of the shape of ``bias``.
+        int32 tensor of the shape of ``bias``; each a float32 exactly, so that kernels that add it in float32 add the same.
     """
-    return torch.round(bias.double() / scale.double()).clamp(-INT32_MAX, INT32_MAX).to(torch.int32)
+    return torch.round(bias.float() / scale.float()).clamp(-_LARGEST_BIAS, _LARGEST_BIAS).to(torch.int32)
+
+
+def bias_on_grid(bias: Tensor, scale: Tensor) -> Tensor:
+    """Round a bias to the grid of the products, to a value whose quotient by the scale is a whole number in float32 too.
+
+    fbgemm divides the bias by the scale in float32 and adds the quotient; a quotient that is off by its last bit rounds some sum to another
+    integer than a kernel that adds an integer. About every third multiple of a scale is such a one, so that the next of them that is not
+    is taken: thousandths of a step of the output away.
+
+    Args:
+        bias: one value per output channel.
+        scale: of the products, per channel or for all.
+
+    Returns:
+        float32 tensor of the shape of ``bias``, of which :func:`quantize_bias` gives the integers.
+    """
+    products = scale.float()
+    nearest = quantize_bias(bias, products).float()
+    spacing = (torch.nextafter(nearest.abs(), torch.tensor(torch.inf)) - nearest.abs()).clamp(min=1)
+    found, missing = nearest * products, torch.ones_like(nearest, dtype=torch.bool)
+    for distance in _DISTANCES:
+        integers = nearest + distance * spacing
+        candidate = integers * products
+        fits = missing & (candidate / products == integers)
+        found, missing = torch.where(fits, candidate, found), missing & ~fits
+    return found
+
+
+def scale_for_kernels(scale: Tensor, input_scale: float, output_scale: float) -> Tensor:
+    """Return weight scales by whose products all kernels multiply alike.
+
+    A sum of products becomes an integer of the output by ``input_scale * scale / output_scale``. qnnpack multiplies by the reciprocal of
+    the output scale in float32, where fbgemm and ONNX Runtime divide, and they round a sum next to the border between two integers to
+    different ones. Among the float32 values next to each scale there is one whose product is the same by both.
+
+    Args:
+        scale: of the weight, per channel or for all.
+        input_scale: of the activation that the layer takes.
+        output_scale: of the one it gives.
+
+    Returns:
+        float32 tensor of the shape of ``scale``, a few last bits away.
+    """
+    given = scale.float()
+    spacing = torch.nextafter(given, torch.tensor(torch.inf)) - given
+    of_input, of_output = torch.tensor([input_scale, output_scale], dtype=torch.float32)
+    found, missing = given, torch.ones_like(given, dtype=torch.bool)
+    for distance in _DISTANCES:
+        candidate = given + distance * spacing
+        product = candidate * of_input
+        fits = missing & (product * (1 / of_output) == product / of_output)
+        found, missing = torch.where(fits, candidate, found), missing & ~fits
+    return found
 
 
 def weight_scale(weight: Tensor, axis: int | None, q_max: int) -> Tensor:

@@ -3,6 +3,7 @@
 A grid between a layer and an activation such as hardswish is read by no int8 kernel. OpenVINO makes integers there all the same, and three
 operations of their own that make real numbers of them again. Rounded as real numbers they stay what they are, and the rounding becomes a
 part of the layer's kernel. The same holds for hardsigmoid with torch's constants, for which OpenVINO has an operation that can be one.
+What a layer gives to a sum alone OpenVINO adds in the layer's kernel, and does not round; rounded as a real number it is.
 """
 
 import math
@@ -12,6 +13,8 @@ import numpy
 
 # What OpenVINO computes in real numbers, whatever it reads.
 REAL_ACTIVATIONS = frozenset({"HSwish", "HSigmoid", "HardSigmoid", "Sigmoid", "Swish", "Tanh", "Gelu", "Elu", "Mish", "SoftPlus"})
+# What it computes in the kernel of the layer in front, unless another kernel needs its integers.
+SUMS = frozenset({"Add"})
 UINT8_LEVELS = 256
 
 
@@ -40,7 +43,7 @@ def _rounded(dequantized: Any) -> Any:
     from openvino import opset13
 
     readers = {reader.get_node().get_type_name() for reader in dequantized.output(0).get_target_inputs()}
-    if not readers or not readers <= REAL_ACTIVATIONS:
+    if not readers or not readers <= REAL_ACTIVATIONS | SUMS:
         return None
     scale, integers = _number(dequantized.input_value(1)), dequantized.input_value(0).get_node()
     zero_point: float | None = 0.0
@@ -49,11 +52,22 @@ def _rounded(dequantized: Any) -> Any:
     quantized = _before_casts(integers)
     if scale is None or zero_point is None or quantized.get_type_name() != "FakeQuantize":
         return None
-    if quantized.get_attributes()["levels"] != UINT8_LEVELS:
+    if quantized.get_attributes()["levels"] != UINT8_LEVELS or (readers & SUMS and _also_read(quantized)):
         return None
     # As torch's kernels do it: multiplied by the reciprocal.
     steps = opset13.round(opset13.multiply(quantized.input_value(0), numpy.float32(1 / scale)), "half_to_even")
     return opset13.multiply(opset13.clamp(steps, -zero_point, UINT8_LEVELS - 1 - zero_point), numpy.float32(scale))
+
+
+def _also_read(quantized: Any) -> bool:
+    """Return whether more than one dequantization reads the integers."""
+    node = quantized
+    while node.get_type_name() in ("FakeQuantize", "Convert", "Subtract"):
+        readers = node.output(0).get_target_inputs()
+        if len(readers) != 1:
+            return True
+        node = next(iter(readers)).get_node()
+    return False
 
 
 def _hard_sigmoid(node: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from qat_lightning.backend import FALLBACK_ENGINES, Kernel, LayerShape, kernel_error, supported_backends, this_cpu
+from qat_lightning.backend import Kernel, LayerShape, fallback_engines, kernel_error, supported_backends, this_cpu
 from qat_lightning.decoding import shown
 from qat_lightning.errors import ArtifactError, shorten
 from qat_lightning.manifest import Manifest
@@ -51,7 +51,7 @@ def fit_to_machine(plan: Plan, shapes: Shapes) -> Plan:
         ArtifactError: no engine of this machine computes a layer right.
     """
     layers = {name: replace(layer, kernel=_kernel(name, layer, _shape(plan, shapes, name))) for name, layer in plan.layers.items()}
-    backend = plan.backend if plan.backend in supported_backends() else _by_preference()[0]
+    backend = plan.backend if plan.backend in supported_backends() else _by_preference(None)[0]
     return replace(plan, backend=backend, layers=layers)
 
 
@@ -87,7 +87,7 @@ def _names(layers: list[str]) -> str:
 def _kernel(name: str, layer: LayerPlan, shape: LayerShape | None) -> Kernel:
     if layer.kernel.engine in supported_backends():
         return layer.kernel
-    for engine in _by_preference():
+    for engine in _by_preference(shape):
         kernel = replace(layer.kernel, engine=engine)
         if shape is None or _error(replace(layer, kernel=kernel), shape) in (0, 1):
             return kernel
@@ -97,8 +97,8 @@ def _kernel(name: str, layer: LayerPlan, shape: LayerShape | None) -> Kernel:
     )
 
 
-def _by_preference() -> list[BackendName]:
-    return [name for name in dict.fromkeys((*FALLBACK_ENGINES, *BACKENDS)) if name in supported_backends()]
+def _by_preference(shape: LayerShape | None) -> list[BackendName]:
+    return [name for name in dict.fromkeys((*fallback_engines(shape), *BACKENDS)) if name in supported_backends()]
 
 
 def _shape(plan: Plan, shapes: Shapes, name: str) -> LayerShape | None:

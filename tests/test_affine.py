@@ -9,10 +9,13 @@ from torch import nn
 from qat_lightning import StaticPTQ, affine, calibrate, prepare
 from qat_lightning.affine import (
     QParams,
+    bias_on_grid,
     choose_qparams,
     dequantize,
     quantize,
+    quantize_bias,
     round_weight,
+    scale_for_kernels,
     step_difference,
     weight_limits,
     weight_scale,
@@ -88,3 +91,22 @@ def test_refuses_an_empty_integer_range():
 
 def test_worked_example():
     assert doctest.testmod(affine).failed == 0 and doctest.testmod(affine).attempted >= 3
+
+
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=64), st.floats(2**-40, 2**-3, width=32))
+def test_a_bias_on_the_grid_is_the_same_integer_to_all_kernels(values, scale):
+    bias, scale = torch.tensor(values), torch.tensor(scale)
+    rounded, integers = bias_on_grid(bias, scale), quantize_bias(bias_on_grid(bias, scale), scale)
+    assert torch.equal(rounded / scale, integers.float())  # in float32, as fbgemm divides
+    assert torch.equal(bias_on_grid(rounded, scale), rounded)
+    inside = (bias / scale).abs() < 2**30
+    assert ((rounded - bias).abs()[inside] <= torch.maximum(24 * scale, 4e-6 * bias.abs())[inside]).all()
+
+
+@given(st.lists(st.floats(2**-30, 1, width=32), min_size=1, max_size=64), st.floats(1e-6, 10), st.floats(1e-6, 10))
+def test_products_by_a_scale_are_the_same_by_division_and_by_the_reciprocal(scales, of_input, of_output):
+    given_scales = torch.tensor(scales)
+    found = scale_for_kernels(given_scales, of_input, of_output)
+    one, other = torch.tensor(of_input), torch.tensor(of_output)
+    assert torch.equal(found * one / other, found * one * (1 / other))
+    assert torch.allclose(found, given_scales, rtol=4e-6, atol=0)

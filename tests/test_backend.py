@@ -116,6 +116,13 @@ def test_seven_bits_where_no_engine_is_right(monkeypatch):
     assert choose_kernel("fbgemm", LayerShape.of(nn.Linear(4, 4)), "auto", True).activation_bits == 7
 
 
+def test_the_fastest_engine_that_is_right_is_taken(monkeypatch):
+    monkeypatch.setattr("qat_lightning.backend.kernel_error", lambda kernel, *_: 56 if kernel.engine == "fbgemm" else 0)
+    layers = {"qnnpack": nn.Conv2d(8, 8, 3, groups=8), "onednn": nn.Conv2d(8, 8, 3, groups=2)}
+    for engine_name, layer in layers.items():
+        assert choose_kernel("fbgemm", LayerShape.of(layer), "auto", True).engine == engine_name
+
+
 def test_a_processor_whose_fastest_kernels_overflow_is_told_of(monkeypatch, caplog):
     monkeypatch.setattr("qat_lightning.backend.this_cpu", lambda: Cpu(name="an old CPU", capability="AVX2", features=("avx2",)))
     errors = {("onednn", 8): 0, ("onednn", 7): 0, ("x86", 7): 0}

@@ -77,6 +77,26 @@ def test_other_runtimes_compute_the_same_within_steps(runtime, steps, net, flow,
         assert (served(IMAGES[:size]) - int8(IMAGES[:size])).abs().max() <= (steps + 0.01) * step
 
 
+class Separable(nn.Module):
+    """A block of MobileNet, with enough outputs that some sum lies next to the border between two integers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.depthwise = nn.Conv2d(4, 48, 1), nn.Conv2d(48, 48, 3, padding=1, groups=48)
+        self.narrow = nn.Conv2d(48, 4, 1)
+
+    def forward(self, x):
+        return self.narrow(self.depthwise(self.wide(x).clamp(0, 6)).relu())
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "qnnpack"])
+def test_onnx_runtime_computes_the_same_bits(backend, tmp_path):
+    x = torch.randn(32, 4, 40, 40, generator=torch.Generator().manual_seed(0))
+    int8 = static(Separable(), x, backend=backend)
+    assert torch.equal(load_quantized(save_quantized(int8, tmp_path), runtime="onnxruntime")(x), int8(x))
+
+
 class Gated(nn.Module):
     """A block of MobileNetV3: hardswish, and a gate of hardsigmoid."""
 
@@ -103,6 +123,31 @@ def test_openvino_rounds_in_its_kernels(tmp_path):
     assert (one - other).abs().max() <= 1.01 * step
     assert (other - int8(IMAGES)).abs().max() <= 2.01 * step
     assert torch.equal(other, load_quantized(save_quantized(int8, tmp_path / "int8"), runtime="openvino")(IMAGES))
+
+
+class Residual(nn.Module):
+    """The output of one convolution goes to a sum alone, that of the other to a convolution too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3, padding=1)
+        self.third, self.last = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last((x + self.third(self.second(x).relu())).relu())
+
+
+def test_openvino_rounds_what_it_adds(tmp_path):
+    import openvino
+
+    int8 = static(Residual(), weight_bits=7)
+    graph = openvino.Core().read_model(export_onnx(int8, tmp_path / "model.onnx"))
+    plain, native = compile_openvino(graph, threads=1)([IMAGES])[0], int8(IMAGES)
+    assert round_in_kernels(graph) == 1  # not the output that a convolution reads as integers
+    rounded = compile_openvino(graph, threads=1)([IMAGES])[0]
+    assert (rounded != native).float().mean() < 0.2 * (plain != native).float().mean()
 
 
 def test_a_fresh_process_needs_no_class(saved, programs):

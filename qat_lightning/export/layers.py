@@ -136,8 +136,8 @@ def _bias(graph: OnnxGraph, packed: Packed, bias: Tensor | None, x: Value, scale
         return []
     if x.grid is None:
         raise UnsupportedModelError(f"Layer {packed.layer!r} takes real numbers: ONNX export has static quantization alone.")
-    grid = scale.double() * x.grid.scale
+    grid = scale.float() * torch.tensor(x.grid.scale, dtype=torch.float32)
     name = packed.layer or "layer"
     stored = graph.constant(quantize_bias(bias.detach(), grid), f"{name}.bias")
     zeros = graph.constant(torch.zeros(len(scale), dtype=torch.int32), "zero_points")
-    return [str(graph.add("DequantizeLinear", [stored, graph.constant(grid.float(), f"{name}.bias_scale"), zeros], axis=0))]
+    return [str(graph.add("DequantizeLinear", [stored, graph.constant(grid, f"{name}.bias_scale"), zeros], axis=0))]

@@ -35,6 +35,7 @@ from qat_lightning.flows.surface import Surface
 from qat_lightning.flows.torch_ao import (
     STATELESS_TYPES,
     FollowingFakeQuantize,
+    agree_with_other_kernels,
     choose_observer,
     dynamic_qconfig,
     initialize,
@@ -45,7 +46,6 @@ from qat_lightning.flows.torch_ao import (
     planned_layer,
     portable_state,
     reference_of,
-    round_biases,
     static_qconfig,
 )
 from qat_lightning.flows.unused import drop_unused, keep_unused
@@ -114,7 +114,7 @@ def convert(prepared: nn.Module, plan: Plan) -> nn.Module:
     with quiet(), engine(plan.backend), _masked(prepared, plan):
         scales = _input_scales(prepared)
         int8 = convert_fx(prepared.eval())
-    round_biases(int8, scales)
+    agree_with_other_kernels(int8, scales)
     pack(int8, plan)
     surface.attach(int8)
     return int8

@@ -17,7 +17,7 @@ from torch.ao.quantization import (
     per_channel_dynamic_qconfig,
 )
 
-from qat_lightning.affine import QParams, quantize_bias, round_weight, weight_limits, weight_scale
+from qat_lightning.affine import QParams, bias_on_grid, round_weight, scale_for_kernels, weight_limits, weight_scale
 from qat_lightning.backend import engine
 from qat_lightning.deprecation import quiet
 from qat_lightning.flows.clipping import Limits
@@ -310,8 +310,11 @@ def _limited(weight: Tensor, bits: int) -> Tensor:
     return torch._make_per_tensor_quantized_tensor(limited, weight.q_scale(), weight.q_zero_point())
 
 
-def round_biases(int8: nn.Module, scales: Mapping[str, float]) -> None:
-    """Round the bias of each layer to the grid of its products, where integer kernels of other runtimes and of qnnpack add it.
+def agree_with_other_kernels(int8: nn.Module, scales: Mapping[str, float]) -> None:
+    """Round the bias of each layer to the grid of its products, and its scales to values from which all integer kernels compute alike.
+
+    Other runtimes and qnnpack add an integer bias; see :func:`~qat_lightning.affine.bias_on_grid` and
+    :func:`~qat_lightning.affine.scale_for_kernels`.
 
     Args:
         int8: its layers are packed anew afterwards.
@@ -321,12 +324,25 @@ def round_biases(int8: nn.Module, scales: Mapping[str, float]) -> None:
         if name not in scales or hasattr(layer, "_all_weight_values"):
             continue
         weight, bias = layer._weight_bias()
-        if bias is None:
-            continue
-        per_channel = weight.qscheme() == torch.per_channel_affine
-        products = scales[name] * (weight.q_per_channel_scales() if per_channel else torch.tensor(weight.q_scale(), dtype=torch.float64))
+        weight = _rescaled(weight, scales[name], float(layer.scale))
+        if bias is not None:
+            bias = bias_on_grid(bias.detach(), _scales_of(weight).float() * torch.tensor(scales[name], dtype=torch.float32)).to(bias.dtype)
         with quiet():
-            layer.set_weight_bias(weight, (quantize_bias(bias.detach(), products) * products).to(bias.dtype))
+            layer.set_weight_bias(weight, bias)
+
+
+def _scales_of(weight: Tensor) -> Tensor:
+    per_channel = weight.qscheme() == torch.per_channel_affine
+    return weight.q_per_channel_scales() if per_channel else torch.tensor(weight.q_scale(), dtype=torch.float64)
+
+
+def _rescaled(weight: Tensor, input_scale: float, output_scale: float) -> Tensor:
+    """Return a quantized weight with the same integers."""
+    scale = scale_for_kernels(_scales_of(weight), input_scale, output_scale)
+    if weight.qscheme() == torch.per_channel_affine:
+        zeros, axis = weight.q_per_channel_zero_points(), weight.q_per_channel_axis()
+        return torch._make_per_channel_quantized_tensor(weight.int_repr(), scale.to(torch.float64), zeros, axis)
+    return torch._make_per_tensor_quantized_tensor(weight.int_repr(), float(scale), weight.q_zero_point())
 
 
 def portable_state(model: nn.Module) -> dict[str, Any]:
