@@ -380,8 +380,11 @@ def test_onnx_file(saved, tmp_path):
     int8, _ = saved
     model = onnx.load(export_onnx(int8, tmp_path / "model.onnx"))
     onnx.checker.check_model(model, full_check=True)
-    weights = [tensor for tensor in model.graph.initializer if ".weight_" in tensor.name and "scale" not in tensor.name]
+    weights = [tensor for tensor in model.graph.initializer if tensor.name.endswith(".weight")]
     assert len(weights) == 4 and all(tensor.data_type == onnx.TensorProto.INT8 for tensor in weights)
+    channels = sum(max(tensor.dims[0], tensor.dims[1]) for tensor in weights)
+    carried = sum(len(tensor.raw_data) for tensor in weights) + 9 * channels  # scale, bias and zero point of each channel
+    assert (tmp_path / "model.onnx").stat().st_size < carried + 600 * len(weights)
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert not [node for node in model.graph.node if node.op_type == "Clip"]  # saturation clips
 

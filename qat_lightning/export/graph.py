@@ -67,20 +67,25 @@ class OnnxGraph:
     initializers: list[Any] = field(default_factory=list)
     values: dict[int, Any] = field(default_factory=dict)
     constants: dict[Any, str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
     count: int = 0
 
     def add(self, op: str, inputs: Sequence[str], outputs: int = 1, **attributes: Any) -> Any:
         """Add a node; returns the name of its output, or a list of names where it has several."""
         import onnx
 
-        names = [self.fresh(op.lower()) for _ in range(outputs)]
-        self.nodes.append(onnx.helper.make_node(op, list(inputs), names, name=f"{op}_{len(self.nodes)}", **attributes))
+        names = [self.fresh() for _ in range(outputs)]
+        self.nodes.append(onnx.helper.make_node(op, list(inputs), names, **attributes))
         return names[0] if outputs == 1 else names
 
-    def fresh(self, prefix: str) -> str:
-        """Return a name that nothing has yet."""
-        self.count += 1
-        return f"{prefix}_{self.count}"
+    def fresh(self, wanted: str | None = None) -> str:
+        """Return a name that nothing has yet: the wanted one if it is free, else a short one, for each stands in the file twice."""
+        name = wanted
+        while name is None or name in self.taken:
+            self.count += 1
+            name = f"t{self.count}"
+        self.taken.add(name)
+        return name
 
     def constant(self, tensor: Tensor, name: str | None = None) -> str:
         """Return the name of an initializer; equal ones are kept once, but for int8.
@@ -90,15 +95,11 @@ class OnnxGraph:
         import onnx
 
         array = tensor.detach().contiguous().numpy()
-        if tensor.dtype == torch.int8:
-            name = self.fresh(name or "constant")
-            self.initializers.append(onnx.numpy_helper.from_array(array, name))
-            return name
         key = (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).digest())
-        if key not in self.constants:
-            chosen = self.fresh(name or "constant")
-            self.initializers.append(onnx.numpy_helper.from_array(array, chosen))
-            self.constants[key] = chosen
+        if key in self.constants and tensor.dtype != torch.int8:
+            return self.constants[key]
+        self.constants[key] = self.fresh(name)
+        self.initializers.append(onnx.numpy_helper.from_array(array, self.constants[key]))
         return self.constants[key]
 
     def number(self, value: float, dtype: torch.dtype = torch.float32) -> str:

@@ -3,6 +3,7 @@
 Runtimes recognise these groups and run each as one integer kernel. A clip that the saturation of QuantizeLinear makes is left out.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from qat_lightning.affine import quantize_bias
 from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.export.graph import OnnxGraph, Value
 from qat_lightning.export.registry import translates
-from qat_lightning.program.nodes import Node, Packed
+from qat_lightning.program.nodes import Node, Packed, PackedLayer
 
 
 @translates("aten::quantize_per_tensor")
@@ -45,16 +46,23 @@ def weight(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
 def convolution(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
     """Convolve; the weights stay int8 in the file."""
     x, packed = args[0], args[1]
-    layer = graph.program.layers[packed.layer]
     weight, scale, bias = graph.layer_weight(packed.layer)
-    inputs = [graph.real(x), _weight(graph, packed, weight, scale, axis=0), *_bias(graph, packed, bias, x, scale)]
-    geometry: dict[str, Any] = {
-        "strides": layer.stride,
-        "pads": (*layer.padding, *layer.padding),
-        "dilations": layer.dilation,
-        "group": layer.groups,
-    }
-    graph.put(node, _rectified(graph, node, graph.add("Conv", inputs, kernel_shape=tuple(weight.shape[2:]), **geometry)))
+    inputs = [graph.real(x), *_parameters(graph, packed, x, weight, scale, bias, axis=0)]
+    graph.put(node, _rectified(graph, node, graph.add("Conv", inputs, **_geometry(graph.program.layers[packed.layer]))))
+
+
+def _geometry(layer: PackedLayer) -> dict[str, Any]:
+    """Return the attributes of a convolution that are not those it has without."""
+    geometry: dict[str, Any] = {}
+    if any(layer.padding):
+        geometry["pads"] = (*layer.padding, *layer.padding)
+    if {*layer.stride} != {1}:
+        geometry["strides"] = layer.stride
+    if {*layer.dilation} != {1}:
+        geometry["dilations"] = layer.dilation
+    if layer.groups != 1:
+        geometry["group"] = layer.groups
+    return geometry
 
 
 @translates("quantized::linear", "quantized::linear_relu")
@@ -65,7 +73,7 @@ def linear(graph: OnnxGraph, node: Node, args: list[Any]) -> None:
     rows = x
     if x.rank != 2:
         rows = Value(graph.add("Reshape", [x.name, graph.ints([-1, weight.shape[1]])]), (None, weight.shape[1]), x.dtype, x.grid)
-    inputs = [graph.real(rows), _weight(graph, packed, weight.t(), scale, axis=1), *_bias(graph, packed, bias, x, scale)]
+    inputs = [graph.real(rows), *_parameters(graph, packed, x, weight.t(), scale, bias, axis=1)]
     product = _rectified(graph, node, graph.add("Gemm", inputs))
     if x.rank == 2:
         graph.put(node, product)
@@ -123,21 +131,15 @@ def _rectified(graph: OnnxGraph, node: Node, name: str) -> str:
     return name if grid is not None and grid.zero_point == 0 else str(graph.add("Relu", [name]))
 
 
-def _weight(graph: OnnxGraph, packed: Packed, integers: Tensor, scale: Tensor, axis: int) -> str:
-    name = packed.layer or "layer"
-    zero_points = graph.constant(torch.zeros(len(scale), dtype=torch.int8), "zero_points")
-    stored = graph.constant(integers, f"{name}.weight")
-    return str(graph.add("DequantizeLinear", [stored, graph.constant(scale, f"{name}.weight_scale"), zero_points], axis=axis))
-
-
-def _bias(graph: OnnxGraph, packed: Packed, bias: Tensor | None, x: Value, scale: Tensor) -> list[str]:
-    """Return the bias in int32 on the grid of the products, as integer kernels add it."""
+def _parameters(graph: OnnxGraph, packed: Packed, x: Value, weight: Tensor, scale: Tensor, bias: Tensor | None, axis: int) -> Iterator[str]:
+    """Yield the weight, and the bias if there is one, in int32 on the grid of the products, as integer kernels add it."""
+    name, scales = packed.layer or "layer", graph.constant(scale)
+    zero_points = graph.constant(torch.zeros(len(scale), dtype=torch.int8))
+    yield graph.add("DequantizeLinear", [graph.constant(weight, f"{name}.weight"), scales, zero_points], axis=axis)
     if bias is None:
-        return []
+        return
     if x.grid is None:
         raise UnsupportedModelError(f"Layer {packed.layer!r} takes real numbers: ONNX export has static quantization alone.")
-    grid = scale.float() * torch.tensor(x.grid.scale, dtype=torch.float32)
-    name = packed.layer or "layer"
-    stored = graph.constant(quantize_bias(bias.detach(), grid), f"{name}.bias")
-    zeros = graph.constant(torch.zeros(len(scale), dtype=torch.int32), "zero_points")
-    return [str(graph.add("DequantizeLinear", [stored, graph.constant(grid, f"{name}.bias_scale"), zeros], axis=0))]
+    integers = quantize_bias(bias.detach(), scale.float() * torch.tensor(x.grid.scale, dtype=torch.float32))
+    products = graph.add("Mul", [scales, graph.number(x.grid.scale)])
+    yield graph.add("DequantizeLinear", [graph.constant(integers, f"{name}.bias"), products], axis=0)

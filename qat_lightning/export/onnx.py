@@ -68,7 +68,7 @@ def program_to_onnx(program: Program, weights: Mapping[str, Tensor], tensors: Se
         raise ConfigurationError('ONNX export needs the package onnx: pip install "qat-lightning[onnx]".') from None
     graph = OnnxGraph(program, {**weights, **program.constants}, describe(program, weights, tensors))
     for index, spec in enumerate(program.inputs):
-        graph.values[index] = replace(graph.described[index], name=_input_name(spec.name))
+        graph.values[index] = replace(graph.described[index], name=graph.fresh(_input_name(spec.name)))
     for node in program.nodes:
         translate = find_translation(node.op)
         if translate is None:
@@ -94,8 +94,8 @@ def _model(onnx: Any, graph: OnnxGraph) -> Any:
 def _output(onnx: Any, graph: OnnxGraph, number: int, index: int) -> Any:
     """Return the description of an output, under a name of its own."""
     value = graph.values[number]
-    name = f"output{index}"
-    graph.nodes.append(onnx.helper.make_node("Identity", [graph.real(value)], [name], name=name))
+    name = graph.fresh(f"output{index}")
+    graph.nodes.append(onnx.helper.make_node("Identity", [graph.real(value)], [name]))
     dtype = value.dtype if value.grid is None else torch.float32
     return _info(onnx, Value(name, value.shape, dtype), position=f"{name}_")
 
