@@ -13,7 +13,7 @@ from qat_lightning.backend import exact_products
 from qat_lightning.decoding import shown
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.evaluation.latency import interleaved_medians
-from qat_lightning.openvino_graph import round_in_kernels
+from qat_lightning.openvino_run import open_openvino
 from qat_lightning.program.execution import Run
 from qat_lightning.recipe import check_choice
 
@@ -63,7 +63,7 @@ def open_onnx(runtime: RuntimeName, content: bytes, threads: int | None = None, 
         bits: value range of the weights.
     """
     threads = torch.get_num_threads() if threads is None else threads
-    return _open_onnxruntime(content, threads, bits) if runtime == "onnxruntime" else _open_openvino(content, threads)
+    return _open_onnxruntime(content, threads, bits) if runtime == "onnxruntime" else open_openvino(content, threads)
 
 
 def _open_onnxruntime(content: bytes, threads: int, bits: int) -> Run:
@@ -80,36 +80,6 @@ def _open_onnxruntime(content: bytes, threads: int, bits: int) -> Run:
     def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         given = {name: tensor.contiguous().numpy() for name, tensor in zip(names, tensors, strict=True)}
         return tuple(_tensor(array) for array in session.run(None, given))
-
-    return run
-
-
-def _open_openvino(content: bytes, threads: int) -> Run:
-    import openvino
-
-    graph = openvino.Core().read_model(content)
-    round_in_kernels(graph)
-    return compile_openvino(graph, threads)
-
-
-def compile_openvino(graph: Any, threads: int) -> Run:
-    """Return a function that runs a model in OpenVINO.
-
-    Args:
-        graph: an ``openvino.Model``.
-        threads: at most.
-    """
-    import openvino
-
-    # Without the first, processors with AMX compute in bfloat16 what is not int8.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    request = openvino.Core().compile_model(graph, "CPU", settings).create_infer_request()
-    count = len(request.model_outputs)
-
-    def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        request.infer([tensor.contiguous().numpy() for tensor in tensors], share_inputs=True)
-        # Copied: the next call writes into the same memory.
-        return tuple(torch.from_numpy(request.get_output_tensor(index).data.copy()) for index in range(count))
 
     return run
 

@@ -30,7 +30,8 @@ from qat_lightning import (
 )
 from qat_lightning.backend import Cpu
 from qat_lightning.openvino_graph import round_in_kernels
-from qat_lightning.runtimes import RUNTIMES, compile_openvino, saturates
+from qat_lightning.openvino_run import FIXED_SIZES, compile_openvino, run_with_fixed_sizes
+from qat_lightning.runtimes import RUNTIMES, saturates
 from tests.mutations import read_manifest, sign_manifest
 from tests.nets import BranchingNet, FunctionalNet, ManyInputs, MappingInput, ModuleNet, Plain, Recurrent, fit
 
@@ -114,11 +115,12 @@ def test_openvino_rounds_in_its_kernels(tmp_path):
     import openvino
 
     int8 = static(Gated(), weight_bits=7)
-    plain, changed = (openvino.Core().read_model(export_onnx(int8, tmp_path / "model.onnx")) for _ in range(2))
+    core = openvino.Core()
+    plain, changed = (core.read_model(export_onnx(int8, tmp_path / "model.onnx")) for _ in range(2))
     assert round_in_kernels(changed) == 3 and round_in_kernels(changed) == 0  # two grids, and hardsigmoid itself
     kinds = {operation.get_type_name() for operation in changed.get_ordered_ops()}
     assert {"HSigmoid", "HSwish", "FakeQuantize"} <= kinds and "HardSigmoid" not in kinds
-    one, other = (compile_openvino(graph, threads=1)([IMAGES])[0] for graph in (plain, changed))
+    one, other = (compile_openvino(core, graph, threads=1)([IMAGES])[0] for graph in (plain, changed))
     step = int8(IMAGES).unique().diff().min()
     assert (one - other).abs().max() <= 1.01 * step
     assert (other - int8(IMAGES)).abs().max() <= 2.01 * step
@@ -143,11 +145,33 @@ def test_openvino_rounds_what_it_adds(tmp_path):
     import openvino
 
     int8 = static(Residual(), weight_bits=7)
-    graph = openvino.Core().read_model(export_onnx(int8, tmp_path / "model.onnx"))
-    plain, native = compile_openvino(graph, threads=1)([IMAGES])[0], int8(IMAGES)
+    core = openvino.Core()
+    graph = core.read_model(export_onnx(int8, tmp_path / "model.onnx"))
+    plain, native = compile_openvino(core, graph, threads=1)([IMAGES])[0], int8(IMAGES)
     assert round_in_kernels(graph) == 1  # not the output that a convolution reads as integers
-    rounded = compile_openvino(graph, threads=1)([IMAGES])[0]
+    rounded = compile_openvino(core, graph, threads=1)([IMAGES])[0]
     assert (rounded != native).float().mean() < 0.2 * (plain != native).float().mean()
+
+
+def test_openvino_compiles_for_the_first_sizes_and_then_for_any(tmp_path):
+    import openvino
+
+    class Counting:
+        def __init__(self):
+            self.core, self.sizes = openvino.Core(), []
+
+        def compile_model(self, graph, *arguments):
+            self.sizes.append(str(graph.inputs[0].get_partial_shape()[0]))
+            return self.core.compile_model(graph, *arguments)
+
+    int8, core = static(Gated(), weight_bits=7), Counting()
+    run = run_with_fixed_sizes(core, core.core.read_model(export_onnx(int8, tmp_path / "model.onnx")), threads=1)
+    step = int8(IMAGES).unique().diff().min()
+    for size in (1, 8, 1, 2, 3, 5, 8, 4, 6, 7, 5, 1):
+        assert (run([IMAGES[:size]])[0] - int8(IMAGES[:size])).abs().max() <= 2.01 * step
+    assert core.sizes == ["1", "8", "2", "3", "?"] and len(core.sizes) == FIXED_SIZES + 1
+    with pytest.raises(RuntimeError, match=r"[Ss]hape"):
+        run([IMAGES[:, :, :5]])
 
 
 def test_a_fresh_process_needs_no_class(saved, programs):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.evaluation import serialized_bytes
+from qat_lightning.openvino_run import compile_openvino
 from qat_lightning.recipe import BACKENDS
-from qat_lightning.runtimes import RuntimeName, compile_openvino, open_onnx
+from qat_lightning.runtimes import RuntimeName, open_onnx
 
 Run = Callable[[Tensor], Tensor]
 
@@ -99,8 +100,13 @@ def onnxruntime(method: str) -> Callable[[nn.Module, Sequence[Tensor]], Quantize
     return quantize
 
 
-def nncf_openvino(fast: bool) -> Callable[[nn.Module, Sequence[Tensor]], Quantized]:
-    """Return NNCF on OpenVINO's graph, with its preset for mixed activations and its fast (default) or accurate bias correction."""
+def nncf_openvino(fast: bool, any_batch: bool = True) -> Callable[[nn.Module, Sequence[Tensor]], Quantized]:
+    """Return NNCF on OpenVINO's graph, with its preset for mixed activations.
+
+    Args:
+        fast: fast bias correction, which is the default, or accurate.
+        any_batch: whether the model takes batches of any size, or those of the size that is timed alone.
+    """
 
     def quantize(net: nn.Module, batches: Sequence[Tensor]) -> Quantized:
         import nncf
@@ -109,7 +115,10 @@ def nncf_openvino(fast: bool) -> Callable[[nn.Module, Sequence[Tensor]], Quantiz
         model = openvino.convert_model(net, example_input=batches[0])
         model.reshape({0: [-1, *batches[0].shape[1:]]})
         options = {"preset": nncf.QuantizationPreset.MIXED, "subset_size": len(batches), "fast_bias_correction": fast}
-        return _compiled(nncf.quantize(model, _dataset(nncf, batches), **options))
+        quantized = nncf.quantize(model, _dataset(nncf, batches), **options)
+        if not any_batch:
+            quantized.reshape({0: list(batches[0].shape)})
+        return _compiled(quantized)
 
     return quantize
 
@@ -137,7 +146,8 @@ def _compiled(model: Any) -> Quantized:
         path = Path(folder) / "model.xml"
         openvino.save_model(model, path)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        compiled = compile_openvino(openvino.Core().read_model(path), torch.get_num_threads())
+        core = openvino.Core()
+        compiled = compile_openvino(core, core.read_model(path), torch.get_num_threads())
     return Quantized(_of_one_image(compiled), size)
 
 
@@ -179,6 +189,7 @@ PEERS: dict[str, Peer] = {
     "torch-x86-traced": Peer("torch FX defaults, x86, traced and frozen", (), torch_fx("x86", traced=True)),
     "pt2e-inductor": Peer("torchao PT2E, Inductor", ("torchao",), pt2e_inductor),
     "nncf-openvino": Peer("NNCF, OpenVINO", ("nncf", "openvino"), nncf_openvino(fast=True)),
+    "nncf-openvino-fixed": Peer("NNCF, OpenVINO, one batch size", ("nncf", "openvino"), nncf_openvino(fast=True, any_batch=False)),
     "nncf-openvino-accurate": Peer("NNCF, OpenVINO, accurate bias correction", ("nncf", "openvino"), nncf_openvino(fast=False)),
     "nncf-torch": Peer("NNCF, torch", ("nncf", "openvino"), nncf_torch),
 }
