@@ -17,7 +17,7 @@ Rounding is to the nearest integer, halves to even, as in PyTorch's kernels.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -145,21 +145,16 @@ def bias_on_grid(bias: Tensor, scale: Tensor) -> Tensor:
     products = scale.float()
     nearest = quantize_bias(bias, products).float()
     spacing = (torch.nextafter(nearest.abs(), torch.tensor(torch.inf)) - nearest.abs()).clamp(min=1)
-    found, missing = nearest * products, torch.ones_like(nearest, dtype=torch.bool)
-    for distance in _DISTANCES:
-        integers = nearest + distance * spacing
-        candidate = integers * products
-        fits = missing & (candidate / products == integers)
-        found, missing = torch.where(fits, candidate, found), missing & ~fits
-    return found
+    return _nearest(nearest, spacing, lambda integers: integers * products / products == integers) * products
 
 
 def scale_for_kernels(scale: Tensor, input_scale: float, output_scale: float) -> Tensor:
-    """Return weight scales by whose products all kernels multiply alike.
+    """Return weight scales by whose products all kernels multiply alike, wherever there are such.
 
     A sum of products becomes an integer of the output by ``input_scale * scale / output_scale``. qnnpack multiplies by the reciprocal of
     the output scale in float32, where fbgemm and ONNX Runtime divide, and they round a sum next to the border between two integers to
-    different ones. Among the float32 values next to each scale there is one whose product is the same by both.
+    different ones. Among the float32 values next to a scale there is one whose product is the same by both, but for a few scales in a
+    thousand: those of an output whose reciprocal a float32 misses by almost half of its last bit.
 
     Args:
         scale: of the weight, per channel or for all.
@@ -172,12 +167,16 @@ def scale_for_kernels(scale: Tensor, input_scale: float, output_scale: float) ->
     given = scale.float()
     spacing = torch.nextafter(given, torch.tensor(torch.inf)) - given
     of_input, of_output = torch.tensor([input_scale, output_scale], dtype=torch.float32)
-    found, missing = given, torch.ones_like(given, dtype=torch.bool)
+    return _nearest(given, spacing, lambda scales: scales * of_input * (1 / of_output) == scales * of_input / of_output)
+
+
+def _nearest(values: Tensor, spacing: Tensor, fits: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the values, or where they do not fit the nearest that do, whole spacings away; as they are where none does."""
+    found, missing = values, torch.ones_like(values, dtype=torch.bool)
     for distance in _DISTANCES:
-        candidate = given + distance * spacing
-        product = candidate * of_input
-        fits = missing & (product * (1 / of_output) == product / of_output)
-        found, missing = torch.where(fits, candidate, found), missing & ~fits
+        candidate = values + distance * spacing
+        good = missing & fits(candidate)
+        found, missing = torch.where(good, candidate, found), missing & ~good
     return found
 
 

@@ -19,6 +19,9 @@ from qat_lightning.recipe import check_choice
 
 RuntimeName = Literal["torch", "onnxruntime", "openvino"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+CLOSE = 1.1
+"""A runtime that takes no more than this share of the fastest one's time may be the fastest."""
+
 EXTRAS = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
@@ -117,7 +120,14 @@ class Timing:
         return min(self.milliseconds, key=lambda name: self.milliseconds[name])
 
 
-def measure(runs: dict[RuntimeName, Run], tensors: Sequence[Tensor]) -> dict[RuntimeName, float]:
-    """Return the milliseconds that each runtime takes, with the threads that it was opened with."""
-    medians = interleaved_medians([lambda run=run: run(tensors) for run in runs.values()], budget_s=2.0, threads=torch.get_num_threads())  # type: ignore[misc]
+def measure(runs: Mapping[RuntimeName, Run], tensors: Sequence[Tensor]) -> dict[RuntimeName, float]:
+    """Return the milliseconds that each runtime takes, with the threads that it was opened with; those that are close are timed twice."""
+    found = _medians(runs, tensors, budget_s=2.0)
+    close = {name: runs[name] for name, time in found.items() if time <= CLOSE * min(found.values())}
+    return found if len(close) == 1 else {**found, **_medians(close, tensors, budget_s=6.0)}
+
+
+def _medians(runs: Mapping[RuntimeName, Run], tensors: Sequence[Tensor], budget_s: float) -> dict[RuntimeName, float]:
+    candidates = [lambda run=run: run(tensors) for run in runs.values()]
+    medians = interleaved_medians(candidates, repeats=100, budget_s=budget_s, threads=torch.get_num_threads())
     return dict(zip(runs, medians, strict=True))

@@ -140,7 +140,7 @@ def measure(tasks: Sequence[Task], rounds: int) -> list[Row]:
 
     Args:
         tasks: candidates for the same network and batch size.
-        rounds: how many turns each has, of three calls.
+        rounds: how many turns each has, of three calls or more.
     """
     failed: list[Row] = []
     with _workers(tasks, failed) as workers:
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--candidates", nargs="+", choices=list(CANDIDATES), default=list(DEFAULTS), metavar="NAME", help=", ".join(CANDIDATES)
     )
-    parser.add_argument("--rounds", type=int, default=15, help=f"turns of {CALLS} calls")
+    parser.add_argument("--rounds", type=int, default=15, help=f"turns of {CALLS} calls or more")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument(
