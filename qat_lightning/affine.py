@@ -115,6 +115,16 @@ def dequantize(q: Tensor, qparams: QParams) -> Tensor:
     return (q - qparams.zero_point).to(torch.float32) * torch.tensor(qparams.scale, dtype=torch.float32)
 
 
+def product_scale(scale: Tensor, input_scale: float) -> Tensor:
+    """Return the scale of the products of weights and inputs, multiplied in float32 as kernels do.
+
+    Args:
+        scale: of the weight, per channel or for all.
+        input_scale: of the activation that the layer takes.
+    """
+    return scale.float() * torch.tensor(input_scale, dtype=torch.float32)
+
+
 def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
     """Return the integers by which kernels add a bias to their sums of products (Jacob et al. 2018, section 2.4).
 
@@ -132,8 +142,8 @@ def bias_on_grid(bias: Tensor, scale: Tensor) -> Tensor:
     """Round a bias to the grid of the products, to a value whose quotient by the scale is a whole number in float32 too.
 
     fbgemm divides the bias by the scale in float32 and adds the quotient; a quotient that is off by its last bit rounds some sum to another
-    integer than a kernel that adds an integer. About every third multiple of a scale is such a one, so that the next of them that is not
-    is taken: thousandths of a step of the output away.
+    integer than a kernel that adds an integer. Some multiples of a scale are such, so that the next of them that is not
+    is taken: thousandths of a step of the output away. Of a few biases in ten thousand all near multiples are such.
 
     Args:
         bias: one value per output channel.
@@ -145,7 +155,11 @@ def bias_on_grid(bias: Tensor, scale: Tensor) -> Tensor:
     products = scale.float()
     nearest = quantize_bias(bias, products).float()
     spacing = (torch.nextafter(nearest.abs(), torch.tensor(torch.inf)) - nearest.abs()).clamp(min=1)
-    return _nearest(nearest, spacing, lambda integers: integers * products / products == integers) * products
+
+    def fits(integers: Tensor) -> Tensor:
+        return (integers * products / products == integers) & (integers.abs() <= _LARGEST_BIAS)
+
+    return _nearest(nearest, spacing, fits) * products
 
 
 def scale_for_kernels(scale: Tensor, input_scale: float, output_scale: float) -> Tensor:
@@ -166,8 +180,13 @@ def scale_for_kernels(scale: Tensor, input_scale: float, output_scale: float) ->
     """
     given = scale.float()
     spacing = torch.nextafter(given, torch.tensor(torch.inf)) - given
-    of_input, of_output = torch.tensor([input_scale, output_scale], dtype=torch.float32)
-    return _nearest(given, spacing, lambda scales: scales * of_input * (1 / of_output) == scales * of_input / of_output)
+    of_output = torch.tensor(output_scale, dtype=torch.float32)
+
+    def fits(scales: Tensor) -> Tensor:
+        products = product_scale(scales, input_scale)
+        return products * (1 / of_output) == products / of_output
+
+    return _nearest(given, spacing, fits)
 
 
 def _nearest(values: Tensor, spacing: Tensor, fits: Callable[[Tensor], Tensor]) -> Tensor:

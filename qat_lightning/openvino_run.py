@@ -4,6 +4,7 @@ OpenVINO takes less time for a model whose sizes are fixed: 0.92 of it on two sm
 (AMD EPYC with AVX2). So a model that takes any batch is compiled anew for each of the first sizes it is called with.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -42,15 +43,15 @@ def run_with_fixed_sizes(core: Any, graph: Any, threads: int) -> Run:
         graph: an ``openvino.Model``.
         threads: at most.
     """
-    compiled: dict[Shapes | None, Run] = {}
+    fixed: dict[Shapes, Run] = {}
+    for_any_size = functools.cache(lambda: compile_openvino(core, graph, threads))
 
     def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        shapes: Shapes | None = tuple(tuple(tensor.shape) for tensor in tensors)
-        if shapes not in compiled and (len(compiled) >= FIXED_SIZES or not _takes(graph, shapes)):
-            shapes = None
-        if shapes not in compiled:
-            compiled[shapes] = compile_openvino(core, graph if shapes is None else _with_sizes(graph, shapes), threads)
-        return compiled[shapes](tensors)
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        if shapes not in fixed and len(fixed) < FIXED_SIZES and _takes(graph, shapes):
+            fixed[shapes] = compile_openvino(core, _with_sizes(graph, shapes), threads)
+        chosen = fixed[shapes] if shapes in fixed else for_any_size()
+        return chosen(tensors)
 
     return run
 
@@ -80,11 +81,10 @@ def compile_openvino(core: Any, graph: Any, threads: int) -> Run:
     return run
 
 
-def _takes(graph: Any, shapes: Shapes | None) -> bool:
+def _takes(graph: Any, shapes: Shapes) -> bool:
     """Return whether the inputs may have these sizes; where not, OpenVINO says why when it is called."""
     import openvino
 
-    assert shapes is not None
     inputs = graph.inputs
     return len(inputs) == len(shapes) and all(
         one.get_partial_shape().compatible(openvino.PartialShape(list(shape))) for one, shape in zip(inputs, shapes, strict=True)

@@ -19,10 +19,10 @@ from qat_lightning.recipe import check_choice
 
 RuntimeName = Literal["torch", "onnxruntime", "openvino"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+EXTRAS = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+
 CLOSE = 1.1
 """A runtime that takes no more than this share of the fastest one's time may be the fastest."""
-
-EXTRAS = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
 def installed_runtimes() -> tuple[RuntimeName, ...]:

@@ -74,7 +74,7 @@ def check_grids(tensors: Mapping[str, Tensor]) -> None:
 def _parts(key: str, value: Any) -> dict[str, Tensor]:
     if isinstance(value, Tensor) and value.is_quantized:
         integers = value.int_repr()
-        return {f"{key}.int8": integers, f"{key}.scale": _scale(value), f"{key}.zero_point": _zero_point(value)}
+        return {f"{key}.int8": integers, f"{key}.scale": scale_of(value), f"{key}.zero_point": _zero_point(value)}
     if isinstance(value, Tensor) and value.layout is torch.strided:
         return {key: value.detach().cpu()}
     if isinstance(value, tuple) and len(value) == len(PACKED_PARTS):
@@ -88,8 +88,25 @@ def _parts(key: str, value: Any) -> dict[str, Tensor]:
     )
 
 
-def _scale(value: Tensor) -> Tensor:
+def scale_of(value: Tensor) -> Tensor:
+    """Return the scale of a quantized tensor: float64, one element per channel, or a scalar for all."""
     return value.q_per_channel_scales() if _is_per_channel(value) else torch.tensor(value.q_scale(), dtype=torch.float64)
+
+
+def with_grid(like: Tensor, integers: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
+    """Return a quantized tensor of the same scheme.
+
+    Args:
+        like: per channel or per tensor; gives what is not given.
+        integers: that it holds.
+        scale: as :func:`scale_of` gives it.
+        zero_point: one for each scale.
+    """
+    scale = scale_of(like) if scale is None else scale
+    zero_point = _zero_point(like) if zero_point is None else zero_point
+    if _is_per_channel(like):
+        return torch._make_per_channel_quantized_tensor(integers, scale, zero_point, like.q_per_channel_axis())
+    return torch._make_per_tensor_quantized_tensor(integers, scale.item(), int(zero_point.item()))
 
 
 def _zero_point(value: Tensor) -> Tensor:
@@ -108,6 +125,4 @@ def _assemble(key: str, template: Any, plain: Mapping[str, Tensor]) -> Any:
     if not template.is_quantized:
         return plain[key]
     integers, scale, zero_point = (plain[f"{key}.{part}"] for part in ("int8", "scale", "zero_point"))
-    if _is_per_channel(template):
-        return torch._make_per_channel_quantized_tensor(integers, scale, zero_point, template.q_per_channel_axis())
-    return torch._make_per_tensor_quantized_tensor(integers, scale.item(), int(zero_point.item()))
+    return with_grid(template, integers, scale, zero_point)

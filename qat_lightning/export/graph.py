@@ -11,6 +11,7 @@ from torch import Tensor
 from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.program.execution import quantized_weight
 from qat_lightning.program.nodes import Node, Program, Ref, Weight
+from qat_lightning.tensors import scale_of
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,20 @@ class OnnxGraph:
 
         On processors without VNNI, ONNX Runtime replaces int8 by uint8, and fails where it meets a tensor for the second time.
         """
+        array = tensor.detach().contiguous().numpy()
+        if tensor.dtype == torch.int8:
+            return self._stored(array, name)
+        key = (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).digest())
+        if key not in self.constants:
+            self.constants[key] = self._stored(array, name)
+        return self.constants[key]
+
+    def _stored(self, array: Any, name: str | None) -> str:
         import onnx
 
-        array = tensor.detach().contiguous().numpy()
-        key = (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).digest())
-        if key in self.constants and tensor.dtype != torch.int8:
-            return self.constants[key]
-        self.constants[key] = self.fresh(name)
-        self.initializers.append(onnx.numpy_helper.from_array(array, self.constants[key]))
-        return self.constants[key]
+        name = self.fresh(name)
+        self.initializers.append(onnx.numpy_helper.from_array(array, name))
+        return name
 
     def number(self, value: float, dtype: torch.dtype = torch.float32) -> str:
         """Return the name of a scalar."""
@@ -168,6 +174,4 @@ class OnnxGraph:
 
 def integers_and_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the integers of a quantized weight, and a scale for each output channel."""
-    per_channel = weight.qscheme() == torch.per_channel_affine
-    scale = weight.q_per_channel_scales() if per_channel else torch.full((weight.shape[0],), weight.q_scale())
-    return weight.int_repr(), scale.float()
+    return weight.int_repr(), scale_of(weight).float().expand(weight.shape[0]).contiguous()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat_lightning.affine import quantize_bias
+from qat_lightning.affine import product_scale, quantize_bias
 from qat_lightning.errors import UnsupportedModelError
 from qat_lightning.export.graph import OnnxGraph, Value
 from qat_lightning.export.registry import translates
@@ -140,6 +140,6 @@ def _parameters(graph: OnnxGraph, packed: Packed, x: Value, weight: Tensor, scal
         return
     if x.grid is None:
         raise UnsupportedModelError(f"Layer {packed.layer!r} takes real numbers: ONNX export has static quantization alone.")
-    integers = quantize_bias(bias.detach(), scale.float() * torch.tensor(x.grid.scale, dtype=torch.float32))
+    integers = quantize_bias(bias.detach(), product_scale(scale, x.grid.scale))
     products = graph.add("Mul", [scales, graph.number(x.grid.scale)])
     yield graph.add("DequantizeLinear", [graph.constant(integers, f"{name}.bias"), products], axis=0)

@@ -17,7 +17,7 @@ from torch.ao.quantization import (
     per_channel_dynamic_qconfig,
 )
 
-from qat_lightning.affine import QParams, bias_on_grid, round_weight, scale_for_kernels, weight_limits, weight_scale
+from qat_lightning.affine import QParams, bias_on_grid, product_scale, round_weight, scale_for_kernels, weight_limits, weight_scale
 from qat_lightning.backend import engine
 from qat_lightning.deprecation import quiet
 from qat_lightning.flows.clipping import Limits
@@ -27,6 +27,7 @@ from qat_lightning.observers import fake_quants, measure_weights
 from qat_lightning.parity import Reference
 from qat_lightning.plan import LayerPlan, Plan
 from qat_lightning.report import LayerReport
+from qat_lightning.tensors import scale_of, with_grid
 
 # Torch keeps the scale of their int8 forms, and the weight of PReLU's, out of the state dict, and PReLU's kernel wants other weights.
 STATELESS_TYPES: tuple[type[nn.Module], ...] = (nn.PReLU, nn.ELU)
@@ -302,12 +303,7 @@ def _limited(weight: Tensor, bits: int) -> Tensor:
     low, high = weight_limits(bits)
     integers = weight.int_repr()
     limited = integers.clamp(low, high)
-    if torch.equal(integers, limited):
-        return weight
-    if weight.qscheme() == torch.per_channel_affine:
-        grid = (weight.q_per_channel_scales(), weight.q_per_channel_zero_points(), weight.q_per_channel_axis())
-        return torch._make_per_channel_quantized_tensor(limited, *grid)
-    return torch._make_per_tensor_quantized_tensor(limited, weight.q_scale(), weight.q_zero_point())
+    return weight if torch.equal(integers, limited) else with_grid(weight, limited)
 
 
 def agree_with_other_kernels(int8: nn.Module, scales: Mapping[str, float]) -> None:
@@ -324,25 +320,11 @@ def agree_with_other_kernels(int8: nn.Module, scales: Mapping[str, float]) -> No
         if name not in scales or hasattr(layer, "_all_weight_values"):
             continue
         weight, bias = layer._weight_bias()
-        weight = _rescaled(weight, scales[name], float(layer.scale))
+        scale = scale_for_kernels(scale_of(weight), scales[name], float(layer.scale))
         if bias is not None:
-            bias = bias_on_grid(bias.detach(), _scales_of(weight).float() * torch.tensor(scales[name], dtype=torch.float32)).to(bias.dtype)
+            bias = bias_on_grid(bias.detach(), product_scale(scale, scales[name])).to(bias.dtype)
         with quiet():
-            layer.set_weight_bias(weight, bias)
-
-
-def _scales_of(weight: Tensor) -> Tensor:
-    per_channel = weight.qscheme() == torch.per_channel_affine
-    return weight.q_per_channel_scales() if per_channel else torch.tensor(weight.q_scale(), dtype=torch.float64)
-
-
-def _rescaled(weight: Tensor, input_scale: float, output_scale: float) -> Tensor:
-    """Return a quantized weight with the same integers."""
-    scale = scale_for_kernels(_scales_of(weight), input_scale, output_scale)
-    if weight.qscheme() == torch.per_channel_affine:
-        zeros, axis = weight.q_per_channel_zero_points(), weight.q_per_channel_axis()
-        return torch._make_per_channel_quantized_tensor(weight.int_repr(), scale.to(torch.float64), zeros, axis)
-    return torch._make_per_tensor_quantized_tensor(weight.int_repr(), float(scale), weight.q_zero_point())
+            layer.set_weight_bias(with_grid(weight, weight.int_repr(), scale.double()), bias)
 
 
 def portable_state(model: nn.Module) -> dict[str, Any]:
