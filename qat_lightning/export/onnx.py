@@ -16,6 +16,7 @@ from qat_lightning.errors import ConfigurationError, UnsupportedModelError
 from qat_lightning.export import layers, operations, shapes
 from qat_lightning.export.describing import describe
 from qat_lightning.export.graph import OnnxGraph, Value
+from qat_lightning.export.padding import fold_padding
 from qat_lightning.export.registry import find_translation
 from qat_lightning.files import write_atomically
 from qat_lightning.program.nodes import Program
@@ -84,6 +85,7 @@ def program_to_onnx(program: Program, weights: Mapping[str, Tensor], tensors: Se
 
 def _model(onnx: Any, graph: OnnxGraph) -> Any:
     outputs = [_output(onnx, graph, number, index) for index, number in enumerate(graph.program.outputs)]
+    fold_padding(graph, {output.name for output in outputs})
     inputs = [_info(onnx, graph.values[index]) for index in range(len(graph.program.inputs))]
     made = onnx.helper.make_graph(graph.nodes, "qat_lightning", inputs, outputs, graph.initializers)
     return onnx.helper.make_model(
