@@ -15,6 +15,7 @@ import numpy
 REAL_ACTIVATIONS = frozenset({"HSwish", "HSigmoid", "HardSigmoid", "Sigmoid", "Swish", "Tanh", "Gelu", "Elu", "Mish", "SoftPlus"})
 # What it computes in the kernel of the layer in front, unless another kernel needs its integers.
 SUMS = frozenset({"Add"})
+REAL_CONVOLUTION = "GroupConvolution with real weights"
 UINT8_LEVELS = 256
 
 
@@ -42,14 +43,14 @@ def _rounded(dequantized: Any) -> Any:
     """Return the rounding of what was quantized and is dequantized by this product; None where an int8 kernel may read it."""
     from openvino import opset13
 
-    readers = {reader.get_node().get_type_name() for reader in dequantized.output(0).get_target_inputs()}
-    if not readers or not readers <= REAL_ACTIVATIONS | SUMS:
+    readers = {_kind(reader.get_node()) for reader in dequantized.output(0).get_target_inputs()}
+    if not readers or not readers <= REAL_ACTIVATIONS | SUMS | {REAL_CONVOLUTION}:
         return None
     scale, integers = _number(dequantized.input_value(1)), dequantized.input_value(0).get_node()
     zero_point: float | None = 0.0
     if integers.get_type_name() == "Subtract":
         zero_point, integers = _number(integers.input_value(1)), integers.input_value(0).get_node()
-    quantized = _before_casts(integers)
+    quantized = before_casts(integers)
     if scale is None or zero_point is None or quantized.get_type_name() != "FakeQuantize":
         return None
     if quantized.get_attributes()["levels"] != UINT8_LEVELS or (readers & SUMS and _also_read(quantized)):
@@ -57,6 +58,11 @@ def _rounded(dequantized: Any) -> Any:
     # As torch's kernels do it: multiplied by the reciprocal.
     steps = opset13.round(opset13.multiply(quantized.input_value(0), numpy.float32(1 / scale)), "half_to_even")
     return opset13.multiply(opset13.clamp(steps, -zero_point, UINT8_LEVELS - 1 - zero_point), numpy.float32(scale))
+
+
+def _kind(reader: Any) -> str:
+    kind: str = reader.get_type_name()
+    return REAL_CONVOLUTION if kind == "GroupConvolution" and reader.input_value(1).get_node().get_type_name() == "Constant" else kind
 
 
 def _also_read(quantized: Any) -> bool:
@@ -82,13 +88,14 @@ def _hard_sigmoid(node: Any) -> Any:
 
 def _number(output: Any) -> float | None:
     """Return a constant with one element, None for anything else."""
-    node = _before_casts(output.get_node())
+    node = before_casts(output.get_node())
     if node.get_type_name() != "Constant" or node.get_data().size != 1:
         return None
     return float(node.get_data().reshape(-1)[0])
 
 
-def _before_casts(node: Any) -> Any:
+def before_casts(node: Any) -> Any:
+    """Return the operation whose numbers are cast."""
     while node.get_type_name() == "Convert":
         node = node.input_value(0).get_node()
     return node

@@ -11,7 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from qat_lightning.backend import exact_products
 from qat_lightning.openvino_graph import round_in_kernels
+from qat_lightning.openvino_kernels import depthwise_on_real_numbers, linear_as_convolutions
 from qat_lightning.program.execution import Run
 
 FIXED_SIZES = 4
@@ -30,9 +32,7 @@ def open_openvino(content: bytes, threads: int) -> Run:
     import openvino
 
     core = openvino.Core()
-    graph = core.read_model(content)
-    round_in_kernels(graph)
-    return run_with_fixed_sizes(core, graph, threads)
+    return run_with_fixed_sizes(core, core.read_model(content), threads)
 
 
 def run_with_fixed_sizes(core: Any, graph: Any, threads: int) -> Run:
@@ -40,9 +40,12 @@ def run_with_fixed_sizes(core: Any, graph: Any, threads: int) -> Run:
 
     Args:
         core: an ``openvino.Core``.
-        graph: an ``openvino.Model``.
+        graph: an ``openvino.Model`` as it was read; it is changed.
         threads: at most.
     """
+    if not exact_products(8):
+        linear_as_convolutions(graph)
+    round_in_kernels(graph)
     fixed: dict[Shapes, Run] = {}
     for_any_size = functools.cache(lambda: compile_openvino(core, graph, threads))
 
@@ -92,7 +95,9 @@ def _takes(graph: Any, shapes: Shapes) -> bool:
 
 
 def _with_sizes(graph: Any, shapes: Shapes) -> Any:
-    """Return a copy of a model whose inputs have these sizes."""
+    """Return a copy of a model whose inputs have these sizes, with kernels that are faster for them."""
     copied = graph.clone()
     copied.reshape({index: list(shape) for index, shape in enumerate(shapes)})
+    if not exact_products(8) and depthwise_on_real_numbers(copied):
+        round_in_kernels(copied)
     return copied

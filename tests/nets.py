@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from qat_lightning import Call, StaticPTQ, calibrate, convert, prepare
 from qat_lightning.models import Add
 
 QUIET = {
@@ -198,3 +199,9 @@ def fit(callback, module=None, data=None, watching=(), **trainer):
     trainer = Trainer(**{"max_epochs": 2, "callbacks": [callback, *watching], **QUIET, **trainer})
     trainer.fit(module, Images() if data is None else data)
     return module, trainer
+
+
+def static_int8(net, x, **settings):
+    """Return the net quantized statically: calibrated with one tensor, or with one :class:`Call`."""
+    call = x if isinstance(x, Call) else Call((x,), {})
+    return convert(calibrate(prepare(net.eval(), StaticPTQ(**settings), example=call), [call]))

@@ -29,14 +29,14 @@ from qat_lightning import (
 )
 from qat_lightning.backend import LayerShape, choose_kernel
 from tests.mutations import Malicious, read_manifest, sign_manifest, sign_weights, weights_of
-from tests.nets import BranchingNet, FunctionalNet, ManyInputs, ModuleNet, Plain, Recurrent, fit
+from tests.nets import BranchingNet, FunctionalNet, ManyInputs, ModuleNet, Plain, Recurrent, fit, static_int8
 
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 SEQUENCES = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
 
 
 def static(net, **settings):
-    return convert(calibrate(prepare(net, StaticPTQ(**settings), Call((IMAGES,), {})), [IMAGES]))
+    return static_int8(net, IMAGES, **settings)
 
 
 CASES = {

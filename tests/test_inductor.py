@@ -8,26 +8,21 @@ import torch
 from torch import nn
 
 from qat_lightning import (
-    Call,
     ConfigurationError,
-    StaticPTQ,
     UnsupportedModelError,
-    calibrate,
     compile_int8,
-    convert,
-    prepare,
     quantize_dynamic,
 )
 from qat_lightning.backend import Cpu
 from qat_lightning.export import inductor, packages
-from tests.nets import FunctionalNet
+from tests.nets import FunctionalNet, static_int8
 
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
 def static(flow, **options):
     torch.manual_seed(0)
-    return convert(calibrate(prepare(FunctionalNet().eval(), StaticPTQ(flow=flow, **options), example=Call((IMAGES,), {})), [IMAGES]))
+    return static_int8(FunctionalNet(), IMAGES, flow=flow, **options)
 
 
 @pytest.mark.parametrize("flow", ["fx", "pt2e"])

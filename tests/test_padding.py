@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qat_lightning import Call, StaticPTQ, calibrate, convert, export_onnx, load_quantized, prepare, save_quantized
+from qat_lightning import export_onnx, load_quantized, save_quantized
+from tests.nets import static_int8
 
 IMAGES = torch.randn(8, 3, 17, 16, generator=torch.Generator().manual_seed(0))
 
@@ -39,7 +40,7 @@ class ReadTwice(Padded):
 
 def exported(net, tmp_path, flow):
     with torch.no_grad():
-        int8 = convert(calibrate(prepare(net.eval(), StaticPTQ(flow=flow, weight_bits=7), example=Call((IMAGES,), {})), [IMAGES]))
+        int8 = static_int8(net, IMAGES, flow=flow, weight_bits=7)
     export_onnx(int8, tmp_path / "model.onnx")
     return int8, onnx.load(tmp_path / "model.onnx").graph
 

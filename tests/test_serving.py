@@ -18,29 +18,18 @@ from qat_lightning import (
     DynamicPTQ,
     QuantizationCallback,
     ServedModel,
-    StaticPTQ,
     UnsupportedModelError,
-    calibrate,
-    convert,
     export_onnx,
     load_quantized,
-    prepare,
     quantize_dynamic,
     save_quantized,
 )
 from qat_lightning.backend import Cpu
-from qat_lightning.openvino_graph import round_in_kernels
-from qat_lightning.openvino_run import FIXED_SIZES, compile_openvino, run_with_fixed_sizes
 from qat_lightning.runtimes import RUNTIMES, saturates
 from tests.mutations import read_manifest, sign_manifest
-from tests.nets import BranchingNet, FunctionalNet, ManyInputs, MappingInput, ModuleNet, Plain, Recurrent, fit
+from tests.nets import BranchingNet, FunctionalNet, ManyInputs, MappingInput, ModuleNet, Plain, Recurrent, fit, static_int8
 
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-
-
-def static(net, x=IMAGES, **settings):
-    calls = [Call((x,), {})] if isinstance(x, torch.Tensor) else [x]
-    return convert(calibrate(prepare(net.eval(), StaticPTQ(**settings), example=calls[0]), calls))
 
 
 def programs_of(folder):
@@ -49,14 +38,14 @@ def programs_of(folder):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    int8 = static(FunctionalNet())
+    int8 = static_int8(FunctionalNet(), IMAGES)
     return int8, save_quantized(int8, tmp_path_factory.mktemp("saved"))
 
 
 @pytest.mark.parametrize("backend", ["x86", "onednn", "fbgemm", "qnnpack"])
 @pytest.mark.parametrize("flow", ["fx", "eager"])
 def test_torch_computes_the_same_bits_with_any_batch_size(flow, backend, tmp_path):
-    int8 = static(ModuleNet(), flow=flow, backend=backend)
+    int8 = static_int8(ModuleNet(), IMAGES, flow=flow, backend=backend)
     served = load_quantized(save_quantized(int8, tmp_path), runtime="torch")
     assert isinstance(served, ServedModel) and served.runtime == "torch"
     for size in (1, 3, 8, 3):
@@ -68,7 +57,7 @@ def test_torch_computes_the_same_bits_with_any_batch_size(flow, backend, tmp_pat
 @pytest.mark.parametrize(("net", "flow"), [(ModuleNet, "fx"), (ModuleNet, "eager"), (FunctionalNet, "fx")])
 def test_other_runtimes_compute_the_same_within_steps(runtime, steps, net, flow, tmp_path):
     torch.manual_seed(0)
-    int8 = static(net(), flow=flow)
+    int8 = static_int8(net(), IMAGES, flow=flow)
     with pytest.warns(UserWarning, match="kernels of openvino overflow on this CPU.*VNNI") if saturates(runtime, bits=8) else nullcontext():
         served = load_quantized(save_quantized(int8, tmp_path), runtime=runtime)
     if saturates(runtime, bits=8):
@@ -94,84 +83,8 @@ class Separable(nn.Module):
 @pytest.mark.parametrize("backend", ["fbgemm", "qnnpack"])
 def test_onnx_runtime_computes_the_same_bits(backend, tmp_path):
     x = torch.randn(32, 4, 40, 40, generator=torch.Generator().manual_seed(0))
-    int8 = static(Separable(), x, backend=backend)
+    int8 = static_int8(Separable(), x, backend=backend)
     assert torch.equal(load_quantized(save_quantized(int8, tmp_path), runtime="onnxruntime")(x), int8(x))
-
-
-class Gated(nn.Module):
-    """A block of MobileNetV3: hardswish, and a gate of hardsigmoid."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.gate, self.last = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x):
-        x = nn.functional.hardswish(self.conv(x))
-        return self.last(x * nn.functional.hardsigmoid(self.gate(x.mean((2, 3), keepdim=True)))).mean((2, 3))
-
-
-def test_openvino_rounds_in_its_kernels(tmp_path):
-    import openvino
-
-    int8 = static(Gated(), weight_bits=7)
-    core = openvino.Core()
-    plain, changed = (core.read_model(export_onnx(int8, tmp_path / "model.onnx")) for _ in range(2))
-    assert round_in_kernels(changed) == 3 and round_in_kernels(changed) == 0  # two grids, and hardsigmoid itself
-    kinds = {operation.get_type_name() for operation in changed.get_ordered_ops()}
-    assert {"HSigmoid", "HSwish", "FakeQuantize"} <= kinds and "HardSigmoid" not in kinds
-    one, other = (compile_openvino(core, graph, threads=1)([IMAGES])[0] for graph in (plain, changed))
-    step = int8(IMAGES).unique().diff().min()
-    assert (one - other).abs().max() <= 1.01 * step
-    assert (other - int8(IMAGES)).abs().max() <= 2.01 * step
-    assert torch.equal(other, load_quantized(save_quantized(int8, tmp_path / "int8"), runtime="openvino")(IMAGES))
-
-
-class Residual(nn.Module):
-    """The output of one convolution goes to a sum alone, that of the other to a convolution too."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3, padding=1)
-        self.third, self.last = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
-
-    def forward(self, x):
-        x = self.first(x).relu()
-        return self.last((x + self.third(self.second(x).relu())).relu())
-
-
-def test_openvino_rounds_what_it_adds(tmp_path):
-    import openvino
-
-    int8 = static(Residual(), weight_bits=7)
-    core = openvino.Core()
-    graph = core.read_model(export_onnx(int8, tmp_path / "model.onnx"))
-    plain, native = compile_openvino(core, graph, threads=1)([IMAGES])[0], int8(IMAGES)
-    assert round_in_kernels(graph) == 1  # not the output that a convolution reads as integers
-    rounded = compile_openvino(core, graph, threads=1)([IMAGES])[0]
-    assert (rounded != native).float().mean() < 0.2 * (plain != native).float().mean()
-
-
-def test_openvino_compiles_for_the_first_sizes_and_then_for_any(tmp_path):
-    import openvino
-
-    class Counting:
-        def __init__(self):
-            self.core, self.sizes = openvino.Core(), []
-
-        def compile_model(self, graph, *arguments):
-            self.sizes.append(str(graph.inputs[0].get_partial_shape()[0]))
-            return self.core.compile_model(graph, *arguments)
-
-    int8, core = static(Gated(), weight_bits=7), Counting()
-    run = run_with_fixed_sizes(core, core.core.read_model(export_onnx(int8, tmp_path / "model.onnx")), threads=1)
-    step = int8(IMAGES).unique().diff().min()
-    for size in (1, 8, 1, 2, 3, 5, 8, 4, 6, 7, 5, 1):
-        assert (run([IMAGES[:size]])[0] - int8(IMAGES[:size])).abs().max() <= 2.01 * step
-    assert core.sizes == ["1", "8", "2", "3", "?"] and len(core.sizes) == FIXED_SIZES + 1
-    with pytest.raises(RuntimeError, match=r"[Ss]hape"):
-        run([IMAGES[:, :, :5]])
 
 
 def test_a_fresh_process_needs_no_class(saved, programs):
@@ -205,7 +118,7 @@ def test_auto_takes_the_fastest_and_keeps_the_figures(saved):
 def test_weights_of_seven_bits_need_no_processor_with_exact_sums(monkeypatch, tmp_path):
     monkeypatch.setattr("qat_lightning.backend.this_cpu", lambda: Cpu(name="an old CPU", capability="AVX2", features=("avx2",)))
     torch.manual_seed(0)
-    int8 = static(ModuleNet(), weight_bits=7)
+    int8 = static_int8(ModuleNet(), IMAGES, weight_bits=7)
     folder = save_quantized(int8, tmp_path)
     load_quantized(folder, example=IMAGES)
     assert set(read_manifest(folder)["timings"][-1]["milliseconds"]) == {*RUNTIMES}
@@ -227,12 +140,12 @@ def test_auto_leaves_out_what_computes_something_else(saved, monkeypatch):
 
 def test_several_inputs_keywords_and_nested_outputs(tmp_path):
     x, ids, mask = torch.randn(4, 8), torch.arange(4), torch.ones(4, 8)
-    int8 = static(ManyInputs(), Call((x, ids), {"mask": mask}))
+    int8 = static_int8(ManyInputs(), Call((x, ids), {"mask": mask}))
     served = load_quantized(save_quantized(int8, tmp_path), runtime="torch")
     expected, found = int8(x, ids, mask=mask), served(x, ids, mask=mask)
     assert torch.equal(expected["logits"], found["logits"]) and torch.equal(expected["rest"][0], found["rest"][0])
     assert torch.equal(found["rest"][1], ids)
-    int8 = static(MappingInput(), Call(({"x": x},), {}))
+    int8 = static_int8(MappingInput(), Call(({"x": x},), {}))
     served = load_quantized(save_quantized(int8, tmp_path), runtime="torch")
     assert all(torch.equal(one, other) for one, other in zip(int8({"x": x}), served({"x": x}), strict=True))
 
@@ -291,7 +204,7 @@ def test_a_callback_gives_what_its_model_is_called_with(tmp_path):
 
 
 def test_what_cannot_be_recorded_is_saved_with_its_class_alone(tmp_path, caplog):
-    int8 = static(BranchingNet(), flow="eager")
+    int8 = static_int8(BranchingNet(), IMAGES, flow="eager")
     with caplog.at_level(logging.WARNING):
         save_quantized(int8, tmp_path)
     assert "saved without a program" in caplog.text and "control flow depends on a tensor" in caplog.text
@@ -312,7 +225,7 @@ class FixedBatch(nn.Module):
 
 
 def test_a_batch_size_that_forward_fixes_is_fixed(tmp_path):
-    int8 = static(FixedBatch())
+    int8 = static_int8(FixedBatch(), IMAGES)
     served = load_quantized(save_quantized(int8, tmp_path, example=Call((IMAGES,), {}), programs=["torch"]), runtime="torch")
     assert torch.equal(served(IMAGES), int8(IMAGES))
     with pytest.raises(ConfigurationError, match=r"Expected args\[0\] to be float32 of shape \(8, 1, 8, 8\), but got"):
@@ -393,7 +306,7 @@ FORGERIES = {
 @pytest.mark.parametrize("case", FORGERIES)
 def test_forged_programs_are_refused_by_name(case, tmp_path):
     change, message = FORGERIES[case]
-    folder = save_quantized(static(FunctionalNet()), tmp_path)
+    folder = save_quantized(static_int8(FunctionalNet(), IMAGES), tmp_path)
     forge(folder, change)
     with pytest.raises(ArtifactError, match=message):
         load_quantized(folder, runtime="torch")
@@ -423,7 +336,7 @@ def test_onnx_refuses_what_it_cannot_carry(tmp_path):
             return torch.cumsum(self.conv(x), 1)
 
     with pytest.raises(UnsupportedModelError, match=r"ONNX export cannot carry the operator aten::cumsum"):
-        export_onnx(static(Unusual()), tmp_path / "model.onnx")
+        export_onnx(static_int8(Unusual(), IMAGES), tmp_path / "model.onnx")
     with pytest.raises(ConfigurationError, match="holds no int8 module"):
         export_onnx(Unusual(), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
@@ -431,7 +344,7 @@ def test_onnx_refuses_what_it_cannot_carry(tmp_path):
 
 def test_pt2e_is_served(tmp_path):
     torch.manual_seed(0)
-    int8 = static(FunctionalNet(), flow="pt2e")
+    int8 = static_int8(FunctionalNet(), IMAGES, flow="pt2e")
     folder = save_quantized(int8, tmp_path, programs=["torch", "onnx"])
     served = load_quantized(folder, runtime="torch")
     assert all(torch.equal(served(IMAGES[:size]), int8(IMAGES[:size])) for size in (1, 8))
