@@ -17,7 +17,7 @@ Rounding is to the nearest integer, halves to even, as in PyTorch's kernels.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,14 @@ SMALLEST_SCALE = torch.finfo(torch.float32).eps
 
 _LARGEST_BIAS = 2.0**31 - 2**7
 """Largest int32 that is a float32."""
+
+_FAR_FROM_A_BORDER = 1e-4
+"""In steps: a few float32 roundings of 255."""
+
+_QUARTER_OF_LAST_BIT = 2.0**-26
+
+_SCALE_BITS = 18
+"""Significant bits of scales that are chosen; a product with an integer of six more is a float32."""
 
 _DISTANCES = sorted(range(-24, 25), key=abs)
 """How far from the nearest value to look for one that all kernels take alike, nearest first."""
@@ -154,7 +162,7 @@ def bias_on_grid(bias: Tensor, scale: Tensor) -> Tensor:
     """
     products = scale.float()
     nearest = quantize_bias(bias, products).float()
-    spacing = (torch.nextafter(nearest.abs(), torch.tensor(torch.inf)) - nearest.abs()).clamp(min=1)
+    spacing = _last_bit(nearest.abs()).clamp(min=1)
 
     def fits(integers: Tensor) -> Tensor:
         return (integers * products / products == integers) & (integers.abs() <= _LARGEST_BIAS)
@@ -179,14 +187,102 @@ def scale_for_kernels(scale: Tensor, input_scale: float, output_scale: float) ->
         float32 tensor of the shape of ``scale``, a few last bits away.
     """
     given = scale.float()
-    spacing = torch.nextafter(given, torch.tensor(torch.inf)) - given
     of_output = torch.tensor(output_scale, dtype=torch.float32)
 
     def fits(scales: Tensor) -> Tensor:
         products = product_scale(scales, input_scale)
         return products * (1 / of_output) == products / of_output
 
-    return _nearest(given, spacing, fits)
+    return _nearest(given, _last_bit(given), fits)
+
+
+def settle_layer(scale: Tensor, bias: Tensor | None, input_scale: float, output_scale: float) -> tuple[Tensor, Tensor | None]:
+    """Return scale and bias of a layer from which all kernels compute the same integers.
+
+    Args:
+        scale: of the weight, per channel or for all.
+        bias: one value per output channel, if there is one.
+        input_scale: of the activation that the layer takes.
+        output_scale: of the one it gives.
+
+    Returns:
+        a scale as of :func:`scale_for_kernels`, by which the bias has a near integer, and the bias as of :func:`bias_on_grid`.
+    """
+    given = scale_for_kernels(scale, input_scale, output_scale)
+    if bias is None:
+        return given, None
+    own = bias.detach()
+
+    def fits(scales: Tensor) -> Tensor:
+        products = product_scale(scales, input_scale)
+        quotients = bias_on_grid(own, products) / products
+        whole = quotients == quotients.round()
+        return (scale_for_kernels(scales, input_scale, output_scale) == scales) & (whole if whole.shape == scales.shape else whole.all())
+
+    settled = _nearest(given, _last_bit(given), fits)
+    return settled, bias_on_grid(own, product_scale(settled, input_scale)).to(bias.dtype)
+
+
+def scale_with_reciprocal(scale: float) -> float:
+    """Return a scale near another for which it matters less how kernels compute with it.
+
+    Its reciprocal is almost a float32, so that kernels that multiply by it round as those that divide. Its last bits are zeros, so that its
+    products with small integers are exact, such as those with the number of pixels that are averaged.
+
+    Args:
+        scale: of an activation.
+
+    Returns:
+        a float32, a few millionths away.
+    """
+
+    def error(candidate: float) -> float:
+        return abs(float(1 / torch.tensor(candidate, dtype=torch.float32)) * candidate - 1)
+
+    return _first(_near(scale), error, _QUARTER_OF_LAST_BIT)
+
+
+def scale_off_borders(values: Tensor, scale: float, zero_point: int) -> float:
+    """Return an output scale by which no value of an operation lies next to the border between two integers.
+
+    What two kernels compute in float32, in different orders, differs by less than 0.0001 of a step; by the scale that is returned they
+    round every value to the same integer. Without it, sums of two activations have one such value in 65,536 on average.
+
+    Args:
+        values: all that the operation can give, float64, any shape.
+        scale: of the output.
+        zero_point: of the output, in 0 to 255.
+
+    Returns:
+        the nearest that will do, else the best of those at most an eight-thousandth away; with zeros as last bits, as that of
+        :func:`scale_with_reciprocal`.
+    """
+
+    def closeness(candidate: float) -> float:
+        steps = values / candidate + zero_point
+        steps = steps[(steps > -1) & (steps < 256)]
+        return 0.5 - float((steps - steps.floor() - 0.5).abs().min()) if steps.numel() else 0.0
+
+    return _first(_near(scale), closeness, 0.5 - _FAR_FROM_A_BORDER)
+
+
+def _first(candidates: Iterable[float], error: Callable[[float], float], enough: float) -> float:
+    """Return the first candidate whose error is small enough, else the one that has the smallest."""
+    found, smallest = math.nan, math.inf
+    for candidate in candidates:
+        own = error(candidate)
+        if own < smallest:
+            found, smallest = candidate, own
+        if smallest <= enough:
+            break
+    return found
+
+
+def _near(scale: float) -> Iterator[float]:
+    """Yield the float32 of few bits around a scale, nearest first."""
+    mantissa, exponent = math.frexp(scale)
+    nearest = round(math.ldexp(mantissa, _SCALE_BITS))
+    yield from (math.ldexp(nearest + distance, exponent - _SCALE_BITS) for distance in sorted(range(-32, 33), key=abs))
 
 
 def _nearest(values: Tensor, spacing: Tensor, fits: Callable[[Tensor], Tensor]) -> Tensor:
@@ -196,7 +292,13 @@ def _nearest(values: Tensor, spacing: Tensor, fits: Callable[[Tensor], Tensor]) 
         candidate = values + distance * spacing
         good = missing & fits(candidate)
         found, missing = torch.where(good, candidate, found), missing & ~good
+        if not missing.any():
+            break
     return found
+
+
+def _last_bit(values: Tensor) -> Tensor:
+    return torch.nextafter(values, torch.tensor(torch.inf)) - values
 
 
 def weight_scale(weight: Tensor, axis: int | None, q_max: int) -> Tensor:

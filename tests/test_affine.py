@@ -2,11 +2,11 @@ import doctest
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qat_lightning import StaticPTQ, affine, calibrate, prepare
+from qat_lightning import StaticPTQ, affine, backend, calibrate, prepare
 from qat_lightning.affine import (
     QParams,
     bias_on_grid,
@@ -16,6 +16,9 @@ from qat_lightning.affine import (
     quantize_bias,
     round_weight,
     scale_for_kernels,
+    scale_off_borders,
+    scale_with_reciprocal,
+    settle_layer,
     step_difference,
     weight_limits,
     weight_scale,
@@ -126,3 +129,70 @@ def test_products_by_a_scale_are_the_same_by_division_and_by_the_reciprocal():
         for kept, values in ((equal, found), (before, scales)):
             kept.append((values * of_input / of_output == values * of_input * (1 / of_output)).float().mean())
     assert torch.stack(equal).mean() > 0.99 and torch.stack(before).mean() < 0.9
+
+
+@given(st.floats(2**-30, 2**10, width=32))
+def test_a_settled_scale_has_a_reciprocal_and_exact_products(scale):
+    settled = torch.tensor(scale_with_reciprocal(scale))
+    assert abs(float(settled) / scale - 1) < 2e-4
+    assert scale_with_reciprocal(float(settled)) == float(settled)
+    for count in (1, 4, 36, 49, 64, 100, 196, 784, 3136):
+        assert settled / (settled * count) == 1 / torch.tensor(float(count))
+
+
+def test_nearly_every_settled_scale_has_an_accurate_reciprocal():
+    scales = torch.exp2(-20 * torch.rand(500, generator=torch.Generator().manual_seed(0)))
+    settled = torch.tensor([scale_with_reciprocal(float(scale)) for scale in scales])
+    errors = ((1 / settled).double() * settled.double() - 1).abs()
+    assert (errors <= 2.0**-26).float().mean() > 0.99 and errors.max() < 2.0**-24
+    assert (settled / scales - 1).abs().median() < 1e-5
+
+
+@settings(max_examples=20)
+@given(
+    scales=st.tuples(*[st.floats(2**-9, 2**-3, width=32)] * 2),
+    factor=st.floats(0.5, 2),
+    zero_points=st.tuples(*[st.integers(0, 255)] * 3),
+    op=st.sampled_from(["add", "mul"]),
+)
+def test_all_kernels_round_sums_and_products_alike(scales, factor, zero_points, op):
+    integers = torch.arange(256)
+    reals = [(integers.double() - zero_point) * scale for scale, zero_point in zip(scales, zero_points[:2], strict=True)]
+    values = getattr(torch, op)(reals[0][:, None], reals[1])
+    before = float(values.abs().max()) / 200 * factor + 1e-6
+    scale = scale_off_borders(values, before, zero_points[2])
+    assert abs(scale / before - 1) < 3e-4
+    results = []
+    for engine in ("fbgemm", "qnnpack"):
+        with backend.engine(engine):
+            inputs = [
+                torch._make_per_tensor_quantized_tensor(
+                    integers.to(torch.uint8).reshape(shape).expand(256, 256).contiguous(), one, zero_point
+                )
+                for shape, one, zero_point in zip(((256, 1), (1, 256)), scales, zero_points[:2], strict=True)
+            ]
+            results.append(getattr(torch.ops.quantized, op)(*inputs, scale, zero_points[2]).int_repr())
+    exact = (values / scale).round() + zero_points[2]
+    ratios = [torch.tensor(one) / torch.tensor(scale) for one in scales]
+    floats = [integers.float() - zero_point for zero_point in zero_points[:2]]
+    if op == "add":  # as ONNX Runtime does it
+        results.append((floats[0][:, None] * ratios[0] + floats[1] * ratios[1]).round() + zero_points[2])
+    assert all(torch.equal(result.double().clamp(0, 255), exact.clamp(0, 255)) for result in results)
+
+
+def test_a_constant_output_keeps_its_scale():
+    assert scale_off_borders(torch.full((4,), 1e9, dtype=torch.float64), 0.5, 0) == 0.5
+
+
+def test_layers_are_settled():
+    generator = torch.Generator().manual_seed(0)
+    for per_channel in (True, False):
+        scale = torch.rand(256 if per_channel else 1, generator=generator) * 0.01 + 1e-5
+        bias = torch.randn(256 if per_channel else 8, generator=generator)
+        of_input, of_output = (scale_with_reciprocal(float(value)) for value in torch.rand(2, generator=generator) * 0.05 + 1e-3)
+        found, placed = settle_layer(scale, bias, of_input, of_output)
+        products = found * torch.tensor(of_input)
+        assert torch.equal(placed / products, (placed / products).round())
+        assert torch.equal(products / torch.tensor(of_output), products * (1 / torch.tensor(of_output)))
+        assert (found / scale - 1).abs().max() < 1e-5 and ((placed - bias).abs() <= 25 * products).all()
+    assert settle_layer(scale, None, of_input, of_output)[1] is None

@@ -67,24 +67,61 @@ def test_other_runtimes_compute_the_same_within_steps(runtime, steps, net, flow,
         assert (served(IMAGES[:size]) - int8(IMAGES[:size])).abs().max() <= (steps + 0.01) * step
 
 
-class Separable(nn.Module):
-    """A block of MobileNet, with enough outputs that some sum lies next to the border between two integers."""
+class Bottleneck(nn.Module):
+    """A block of MobileNet with a gate, a sum and a mean, and enough numbers that some lie next to the border between two integers."""
 
-    def __init__(self):
+    def __init__(self, pool):
         super().__init__()
         torch.manual_seed(0)
-        self.wide, self.depthwise = nn.Conv2d(4, 48, 1), nn.Conv2d(48, 48, 3, padding=1, groups=48)
-        self.narrow = nn.Conv2d(48, 4, 1)
+        self.first, self.wide, self.depthwise = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 48, 1), nn.Conv2d(48, 48, 3, padding=1, groups=48)
+        self.gate, self.narrow, self.last = nn.Conv2d(48, 48, 1), nn.Conv2d(48, 8, 1), nn.Linear(8, 4)
+        self.pool = pool
 
     def forward(self, x):
-        return self.narrow(self.depthwise(self.wide(x).clamp(0, 6)).relu())
+        x = self.first(x)
+        wide = self.depthwise(self.wide(x).clamp(0, 6)).relu()
+        wide = wide * self.gate(self.pool(wide, True)).relu()
+        return self.last(self.pool(x + self.narrow(wide) + self.narrow(wide.relu()), False))
 
 
+def functional(x, keepdim):
+    pooled = nn.functional.adaptive_avg_pool2d(x, 1)
+    return pooled if keepdim else torch.flatten(pooled, 1)
+
+
+POOLS = {
+    "method": lambda x, keepdim: x.mean((2, 3), keepdim),
+    "function": lambda x, keepdim: torch.mean(x, dim=[-1, -2], keepdim=keepdim),
+    "pool": functional,
+}
+
+
+@pytest.mark.parametrize("size", [40, 6, 8])
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("backend", ["fbgemm", "qnnpack"])
-def test_onnx_runtime_computes_the_same_bits(backend, tmp_path):
-    x = torch.randn(32, 4, 40, 40, generator=torch.Generator().manual_seed(0))
-    int8 = static_int8(Separable(), x, backend=backend)
+def test_onnx_runtime_computes_the_same_bits(backend, pool, size, tmp_path):
+    x = torch.randn(32, 4, size, size, generator=torch.Generator().manual_seed(size))
+    int8 = static_int8(Bottleneck(POOLS[pool]), x, backend=backend)
     assert torch.equal(load_quantized(save_quantized(int8, tmp_path), runtime="onnxruntime")(x), int8(x))
+
+
+def test_other_means_are_those_of_torch():
+    class Means(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.last = nn.Conv2d(1, 4, 3), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.last(
+                x.mean(1).mean((1, 2), keepdim=True) + x.mean(2).mean(1, keepdim=True) + x.flatten(2).mean((-2, -1))[:, None, None]
+            )
+
+    int8 = static_int8(Means(), IMAGES)
+    kept = [node for node in int8.graph.nodes if "mean" in str(node.target)]
+    assert len(kept) == 5
+    assert int8(IMAGES).shape == (8, 1, 4)
 
 
 def test_a_fresh_process_needs_no_class(saved, programs):

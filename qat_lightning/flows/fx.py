@@ -1,5 +1,6 @@
 """The fx flow: FX graph mode of ``torch.ao.quantization``. Traces the module, so functional operations are quantized too."""
 
+import copy
 import inspect
 import logging
 import operator
@@ -25,6 +26,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from qat_lightning.backend import RECURRENT, TRANSPOSED, engine
 from qat_lightning.deprecation import quiet
 from qat_lightning.errors import UnsupportedModelError
+from qat_lightning.flows.agreeing import average_integers, settle_layers, settle_scales
 from qat_lightning.flows.base import with_parent
 from qat_lightning.flows.blame import line_of_error, line_of_node, short_message
 from qat_lightning.flows.clipping import free_clips, give_limits, take_clips
@@ -35,7 +37,6 @@ from qat_lightning.flows.surface import Surface
 from qat_lightning.flows.torch_ao import (
     STATELESS_TYPES,
     FollowingFakeQuantize,
-    agree_with_other_kernels,
     choose_observer,
     dynamic_qconfig,
     initialize,
@@ -112,9 +113,11 @@ def convert(prepared: nn.Module, plan: Plan) -> nn.Module:
     surface = Surface.found_on(prepared)
     drop_unused(prepared)
     with quiet(), engine(plan.backend), _masked(prepared, plan):
+        settle_scales(prepared)
         scales = _input_scales(prepared)
         int8 = convert_fx(prepared.eval())
-    agree_with_other_kernels(int8, scales)
+    average_integers(int8)
+    settle_layers(int8, scales)
     pack(int8, plan)
     surface.attach(int8)
     return int8
@@ -166,10 +169,12 @@ def plan_weight_bits(plan: Plan) -> int:
 def parity(prepared: nn.Module, int8: nn.Module, calls: Sequence[Call]) -> list[LayerParity]:
     """Compare fake-quant and int8 node by node; see :class:`qat_lightning.flows.base.Flow`."""
     assert isinstance(prepared, fx.GraphModule) and isinstance(int8, fx.GraphModule)
+    settled = copy.deepcopy(prepared)
+    settle_scales(settled)
     found: list[LayerParity] = []
     for call in calls:
         inputs = Surface.found_on(prepared).positional(call.args, call.kwargs)
-        recorder = _Recorder(prepared)
+        recorder = _Recorder(settled)
         recorder.run(*inputs)
         follower = _Follower(int8, recorder.references)
         follower.run(*inputs)

@@ -1,6 +1,6 @@
 """What the eager and fx flows share of ``torch.ao.quantization``: fake-quant modules, qconfigs and the packing of int8 weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.ao.quantization import (
     per_channel_dynamic_qconfig,
 )
 
-from qat_lightning.affine import QParams, bias_on_grid, product_scale, round_weight, scale_for_kernels, weight_limits, weight_scale
+from qat_lightning.affine import QParams, round_weight, weight_limits, weight_scale
 from qat_lightning.backend import engine
 from qat_lightning.deprecation import quiet
 from qat_lightning.flows.clipping import Limits
@@ -27,7 +27,7 @@ from qat_lightning.observers import fake_quants, measure_weights
 from qat_lightning.parity import Reference
 from qat_lightning.plan import LayerPlan, Plan
 from qat_lightning.report import LayerReport
-from qat_lightning.tensors import scale_of, with_grid
+from qat_lightning.tensors import with_grid
 
 # Torch keeps the scale of their int8 forms, and the weight of PReLU's, out of the state dict, and PReLU's kernel wants other weights.
 STATELESS_TYPES: tuple[type[nn.Module], ...] = (nn.PReLU, nn.ELU)
@@ -304,27 +304,6 @@ def _limited(weight: Tensor, bits: int) -> Tensor:
     integers = weight.int_repr()
     limited = integers.clamp(low, high)
     return weight if torch.equal(integers, limited) else with_grid(weight, limited)
-
-
-def agree_with_other_kernels(int8: nn.Module, scales: Mapping[str, float]) -> None:
-    """Round the bias of each layer to the grid of its products, and its scales to values from which all integer kernels compute alike.
-
-    Other runtimes and qnnpack add an integer bias; see :func:`~qat_lightning.affine.bias_on_grid` and
-    :func:`~qat_lightning.affine.scale_for_kernels`.
-
-    Args:
-        int8: its layers are packed anew afterwards.
-        scales: of the input of each layer by name.
-    """
-    for name, layer in kernel_modules(int8):
-        if name not in scales or hasattr(layer, "_all_weight_values"):
-            continue
-        weight, bias = layer._weight_bias()
-        scale = scale_for_kernels(scale_of(weight), scales[name], float(layer.scale))
-        if bias is not None:
-            bias = bias_on_grid(bias.detach(), product_scale(scale, scales[name])).to(bias.dtype)
-        with quiet():
-            layer.set_weight_bias(with_grid(weight, weight.int_repr(), scale.double()), bias)
 
 
 def portable_state(model: nn.Module) -> dict[str, Any]:
