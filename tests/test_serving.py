@@ -67,6 +67,18 @@ def test_other_runtimes_compute_the_same_within_steps(runtime, steps, net, flow,
         assert (served(IMAGES[:size]) - int8(IMAGES[:size])).abs().max() <= (steps + 0.01) * step
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_inputs_of_any_strides(runtime, tmp_path):
+    x = torch.randn(4, 6, 9, 9, generator=torch.Generator().manual_seed(0))
+    net = nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(392, 64))
+    served = load_quantized(save_quantized(static_int8(net, x, weight_bits=7), tmp_path), runtime=runtime)
+    expected = served(x)
+    for other in (x.to(memory_format=torch.channels_last), x.mT.contiguous().mT, x.repeat_interleave(2, 0)[::2]):
+        assert torch.equal(other, x) and not other.is_contiguous()
+        for _ in range(5):
+            assert torch.equal(served(other), expected)
+
+
 class Bottleneck(nn.Module):
     """A block of MobileNet with a gate, a sum and a mean, and enough numbers that some lie next to the border between two integers."""
 
