@@ -27,9 +27,9 @@ TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2
 RECURRENT: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU)
 
 # Flags of Linux, for x86 and for ARM.
-# Features of processors whose sums of products of uint8 and int8 do not saturate.
-EXACT_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "asimd")
 INT8_FEATURES = ("avx2", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
+# Of these, the features of processors whose sums of products of uint8 and int8 do not saturate.
+EXACT_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8", "asimd")
 
 
 @dataclass(frozen=True)

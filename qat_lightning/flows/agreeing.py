@@ -28,7 +28,7 @@ RELU = (F.relu, torch.relu, "relu", "relu_", nn.ReLU)
 
 
 def settle_scales(prepared: fx.GraphModule) -> None:
-    """Move the scales of activations.
+    """Move the scales of activations: those of sums and products to where no value lies next to a border between two integers.
 
     Args:
         prepared: a graph with fake-quant; it is changed.
