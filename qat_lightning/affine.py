@@ -16,6 +16,7 @@ Rounding is to the nearest integer, halves to even, as in PyTorch's kernels.
 [0, 128, 255]
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -206,21 +207,30 @@ def settle_layer(scale: Tensor, bias: Tensor | None, input_scale: float, output_
         output_scale: of the one it gives.
 
     Returns:
-        a scale as of :func:`scale_for_kernels`, by which the bias has a near integer, and the bias as of :func:`bias_on_grid`.
+        a scale as of :func:`scale_for_kernels` by which the nearest integer of the bias will do, wherever there is one, and the bias as of
+        :func:`bias_on_grid`.
     """
     given = scale_for_kernels(scale, input_scale, output_scale)
     if bias is None:
         return given, None
     own = bias.detach()
 
-    def fits(scales: Tensor) -> Tensor:
+    def fits(scales: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
         products = product_scale(scales, input_scale)
-        quotients = bias_on_grid(own, products) / products
+        quotients = rounded(products) / products
         whole = quotients == quotients.round()
         return (scale_for_kernels(scales, input_scale, output_scale) == scales) & (whole if whole.shape == scales.shape else whole.all())
 
-    settled = _nearest(given, _last_bit(given), fits)
-    return settled, bias_on_grid(own, product_scale(settled, input_scale)).to(bias.dtype)
+    def nearest(products: Tensor) -> Tensor:
+        return quantize_bias(own, products) * products
+
+    def near(products: Tensor) -> Tensor:
+        return bias_on_grid(own, products)
+
+    settled = given
+    for rounded in (nearest, near):
+        settled = _nearest(settled, _last_bit(given), functools.partial(fits, rounded=rounded))
+    return settled, near(product_scale(settled, input_scale)).to(bias.dtype)
 
 
 def scale_with_reciprocal(scale: float) -> float:

@@ -135,7 +135,6 @@ def test_products_by_a_scale_are_the_same_by_division_and_by_the_reciprocal():
 def test_a_settled_scale_has_a_reciprocal_and_exact_products(scale):
     settled = torch.tensor(scale_with_reciprocal(scale))
     assert abs(float(settled) / scale - 1) < 2e-4
-    assert scale_with_reciprocal(float(settled)) == float(settled)
     for count in (1, 4, 36, 49, 64, 100, 196, 784, 3136):
         assert settled / (settled * count) == 1 / torch.tensor(float(count))
 
@@ -194,5 +193,5 @@ def test_layers_are_settled():
         products = found * torch.tensor(of_input)
         assert torch.equal(placed / products, (placed / products).round())
         assert torch.equal(products / torch.tensor(of_output), products * (1 / torch.tensor(of_output)))
-        assert (found / scale - 1).abs().max() < 1e-5 and ((placed - bias).abs() <= 25 * products).all()
+        assert (found / scale - 1).abs().max() < 1e-5 and ((placed - bias).abs() <= (0.51 if per_channel else 25) * products).all()
     assert settle_layer(scale, None, of_input, of_output)[1] is None
