@@ -15,6 +15,9 @@ settings.register_profile("suite", deadline=None, derandomize=True, database=Non
 settings.load_profile("suite")
 
 
+LONG_FILES = ("test_app.py", "test_resume.py", "test_distributed.py", "test_benchmark.py", "test_readme.py")
+
+
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="run what is tested for several flows with each of them, and every kill point")
 
@@ -26,10 +29,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without ``--thorough``, keep one flow of each test that has the parameter ``flow``, and a few parameter sets of the sampled ones.
+    """Begin with the files that take longest, so that no process is left with one of them at the end.
 
-    Each flow is that of a third of the tests.
+    Without ``--thorough``, keep one flow of each test that has the parameter ``flow``, and a few parameter sets of the sampled ones. Each
+    flow is that of a third of the tests.
     """
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
     if config.getoption("--thorough") or any("[" in argument for argument in config.args):
         return
     flows = defaultdict(set)
