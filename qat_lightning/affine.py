@@ -188,13 +188,12 @@ def scale_for_kernels(scale: Tensor, input_scale: float, output_scale: float) ->
         float32 tensor of the shape of ``scale``, a few last bits away.
     """
     given = scale.float()
+    return _nearest(given, _last_bit(given), lambda scales: _multiplied_alike(product_scale(scales, input_scale), output_scale))
+
+
+def _multiplied_alike(products: Tensor, output_scale: float) -> Tensor:
     of_output = torch.tensor(output_scale, dtype=torch.float32)
-
-    def fits(scales: Tensor) -> Tensor:
-        products = product_scale(scales, input_scale)
-        return products * (1 / of_output) == products / of_output
-
-    return _nearest(given, _last_bit(given), fits)
+    return products * (1 / of_output) == products / of_output
 
 
 def settle_layer(scale: Tensor, bias: Tensor | None, input_scale: float, output_scale: float) -> tuple[Tensor, Tensor | None]:
@@ -214,12 +213,14 @@ def settle_layer(scale: Tensor, bias: Tensor | None, input_scale: float, output_
     if bias is None:
         return given, None
     own = bias.detach()
+    hopeless = ~_multiplied_alike(product_scale(given, input_scale), output_scale)
 
     def fits(scales: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
         products = product_scale(scales, input_scale)
         quotients = rounded(products) / products
         whole = quotients == quotients.round()
-        return (scale_for_kernels(scales, input_scale, output_scale) == scales) & (whole if whole.shape == scales.shape else whole.all())
+        alike = _multiplied_alike(products, output_scale) | hopeless
+        return alike & (whole if whole.shape == scales.shape else whole.all())
 
     def nearest(products: Tensor) -> Tensor:
         return quantize_bias(own, products) * products

@@ -127,18 +127,21 @@ def _elementwise(readers: Any) -> Any:
     node = reader.get_node()
     if node.get_type_name() not in ELEMENTWISE or reader.get_index() != 0:
         return None
-    others = [constant(node.input_value(index)) for index in range(1, node.get_input_size())]
-    if any(other is None or (other.size != 1 and other.shape[-1] != other.size) for other in others):
+    if any(other is None or (other.size != 1 and other.shape[-1] != other.size) for other in _operands(node)):
         return None
     return node
+
+
+def _operands(node: Any) -> list[Any]:
+    """Return the inputs behind the first, None for each that is not constant."""
+    return [constant(node.input_value(index)) for index in range(1, node.get_input_size())]
 
 
 def _widen_vectors(node: Any) -> None:
     """Give numbers per column the shape of numbers per channel."""
     from openvino import opset13
 
-    for index in range(1, node.get_input_size()):
-        values = constant(node.input_value(index))
+    for index, values in enumerate(_operands(node), start=1):
         if values.ndim:
             shape = [1, values.size, 1, 1]
             node.input(index).replace_source_output(opset13.constant(values.reshape(shape)).output(0))
@@ -189,7 +192,7 @@ def _comes_from_pixels(node: Any) -> bool:
     """Return whether a convolution of one pixel gives the numbers, with nothing behind it that is no part of its kernel."""
     source = node.input_value(0).get_node()
     while source.get_type_name() in ELEMENTWISE:
-        if any(constant(source.input_value(index)) is None for index in range(1, source.get_input_size())):
+        if any(operand is None for operand in _operands(source)):
             return False
         source = source.input_value(0).get_node()
     return source.get_type_name() == "Convolution" and {*source.get_input_shape(1)[2:]} == {1}

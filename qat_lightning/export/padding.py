@@ -19,7 +19,7 @@ def fold_padding(graph: OnnxGraph, outputs: set[str]) -> int:
     Returns:
         how many nodes Pad are gone.
     """
-    constants = {tensor.name: _array(tensor) for tensor in graph.initializers}
+    constants = {tensor.name: tensor for tensor in graph.initializers}
     makers = {name: node for node in graph.nodes for name in node.output}
     readers = _readers(graph.nodes)
     folded = 0
@@ -35,12 +35,6 @@ def fold_padding(graph: OnnxGraph, outputs: set[str]) -> int:
     if folded:
         _drop_unread(graph, outputs)
     return folded
-
-
-def _array(tensor: Any) -> Any:
-    import onnx
-
-    return onnx.numpy_helper.to_array(tensor)
 
 
 def _readers(nodes: list[Any]) -> dict[str, list[Any]]:
@@ -62,9 +56,12 @@ def _convolutions(readers: dict[str, list[Any]], name: str) -> Iterator[Any]:
 
 def _widths(constants: dict[str, Any], pad: Any) -> list[int] | None:
     """Return the widths before and after each spatial dimension; None where the padding is none that a convolution has."""
-    widths = [int(width) for width in constants[pad.input[1]]]
+    import onnx
+
+    given, value = (onnx.numpy_helper.to_array(constants[name]) for name in pad.input[1:3])
+    widths = [int(width) for width in given]
     before, after = widths[: len(widths) // 2], widths[len(widths) // 2 :]
-    if constants[pad.input[2]] != 0 or any((*before[:2], *after[:2])) or min(widths) < 0:
+    if value != 0 or any((*before[:2], *after[:2])) or min(widths) < 0:
         return None
     return [*before[2:], *after[2:]]
 

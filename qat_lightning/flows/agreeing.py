@@ -5,6 +5,7 @@ multiplies and adds float32; and means of integers that are sums of integers, fo
 noise.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from qat_lightning.affine import scale_off_borders, scale_with_reciprocal, settle_layer
 from qat_lightning.deprecation import quiet
-from qat_lightning.flows.torch_ao import CalibratedFakeQuantize, TrainingFakeQuantize, kernel_modules
+from qat_lightning.flows.torch_ao import CalibratedFakeQuantize, TrainingFakeQuantize, grid_of, kernel_modules
 from qat_lightning.tensors import scale_of, with_grid
 
 ARITHMETIC: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
@@ -36,16 +37,15 @@ def settle_scales(prepared: fx.GraphModule) -> None:
     settled: set[Any] = set()
     for fake_quant in prepared.modules():
         if isinstance(fake_quant, CalibratedFakeQuantize | TrainingFakeQuantize):
-            scale, _ = _grid(fake_quant)
-            if math.isfinite(scale):
-                _move(fake_quant, scale_with_reciprocal(scale))
+            _move(fake_quant, lambda scale, zero_point: scale_with_reciprocal(scale))
     for node in prepared.graph.nodes:
-        inputs = [_fake_quant(prepared, argument) for argument in node.args]
+        inputs = [fake_quant_of(prepared, argument) for argument in node.args]
         if node.op not in ("call_function", "call_method") or node.target not in ARITHMETIC or len(inputs) != 2 or None in inputs:
             continue
         for output in _outputs(prepared, node):
             if output not in settled and output not in inputs:
-                _settle(output, ARITHMETIC[node.target](_values(inputs[0])[:, None], _values(inputs[1])))
+                values = ARITHMETIC[node.target](_values(inputs[0])[:, None], _values(inputs[1]))
+                _move(output, functools.partial(scale_off_borders, values))
                 settled.add(output)
 
 
@@ -59,7 +59,7 @@ def _outputs(prepared: fx.GraphModule, node: fx.Node) -> Iterator[Any]:
             yield module
 
 
-def _fake_quant(prepared: fx.GraphModule, argument: Any) -> Any:
+def fake_quant_of(prepared: fx.GraphModule, argument: Any) -> Any:
     """Return the fake-quant that an argument comes from, else None."""
     if not isinstance(argument, fx.Node) or argument.op != "call_module":
         return None
@@ -69,23 +69,15 @@ def _fake_quant(prepared: fx.GraphModule, argument: Any) -> Any:
 
 def _values(fake_quant: Any) -> Tensor:
     """Return the real numbers of all integers."""
-    scale, zero_point = _grid(fake_quant)
+    scale, zero_point = grid_of(fake_quant)
     return (torch.arange(256, dtype=torch.float64) - zero_point) * scale
 
 
-def _grid(fake_quant: Any) -> tuple[float, int]:
-    scale, zero_point = fake_quant.calculate_qparams()
-    return float(scale.flatten()[0]), int(zero_point.flatten()[0])
-
-
-def _settle(output: Any, values: Tensor) -> None:
-    scale, zero_point = _grid(output)
+def _move(fake_quant: Any, chosen: Callable[[float, int], float]) -> None:
+    """Give a fake-quant the scale that is chosen by its scale and zero point."""
+    scale, zero_point = grid_of(fake_quant)
     if math.isfinite(scale):
-        _move(output, scale_off_borders(values, scale, zero_point))
-
-
-def _move(fake_quant: Any, scale: float) -> None:
-    fake_quant.scale = torch.full_like(fake_quant.scale, scale)
+        fake_quant.scale = torch.full_like(fake_quant.scale, chosen(scale, zero_point))
 
 
 def settle_layers(int8: nn.Module, scales: Mapping[str, float]) -> None:

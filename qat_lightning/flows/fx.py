@@ -26,7 +26,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from qat_lightning.backend import RECURRENT, TRANSPOSED, engine
 from qat_lightning.deprecation import quiet
 from qat_lightning.errors import UnsupportedModelError
-from qat_lightning.flows.agreeing import average_integers, settle_layers, settle_scales
+from qat_lightning.flows.agreeing import average_integers, fake_quant_of, settle_layers, settle_scales
 from qat_lightning.flows.base import with_parent
 from qat_lightning.flows.blame import line_of_error, line_of_node, short_message
 from qat_lightning.flows.clipping import free_clips, give_limits, take_clips
@@ -39,6 +39,7 @@ from qat_lightning.flows.torch_ao import (
     FollowingFakeQuantize,
     choose_observer,
     dynamic_qconfig,
+    grid_of,
     initialize,
     layer_reports,
     limit_activation,
@@ -127,10 +128,9 @@ def _input_scales(prepared: fx.GraphModule) -> dict[str, float]:
     """Return the scale of what goes into each layer that has fake-quant in front of it."""
     scales = {}
     for node in prepared.graph.nodes:
-        source = node.args[0] if node.op == "call_module" and node.args else None
-        if isinstance(source, fx.Node) and source.op == "call_module" and _is_fake_quant(prepared, source):
-            fake_quant: Any = prepared.get_submodule(str(source.target))
-            scales[str(node.target)] = float(fake_quant.calculate_qparams()[0].flatten()[0])
+        fake_quant = fake_quant_of(prepared, node.args[0]) if node.op == "call_module" and node.args else None
+        if fake_quant is not None:
+            scales[str(node.target)], _ = grid_of(fake_quant)
     return scales
 
 

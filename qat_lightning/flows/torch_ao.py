@@ -270,10 +270,15 @@ def initialize(prepared: nn.Module) -> None:
         fake_quant.disable_fake_quant()
 
 
+def grid_of(fake_quant: Any) -> tuple[float, int]:
+    """Return scale and zero point of a fake-quant of activations."""
+    scale, zero_point = fake_quant.calculate_qparams()
+    return float(scale.flatten()[0]), int(zero_point.flatten()[0])
+
+
 def reference_of(fake_quant: Any, output: Tensor) -> Reference:
     """Return what an activation fake-quant gave, with the grid it lies on."""
-    scale, zero_point = fake_quant.calculate_qparams()
-    qparams = QParams(float(scale.flatten()[0]), int(zero_point.flatten()[0]), q_min=0, q_max=255)
+    qparams = QParams(*grid_of(fake_quant), q_min=0, q_max=255)
     return Reference(output.detach().float().clone(), qparams)  # an activation behind it may work in place
 
 
